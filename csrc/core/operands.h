@@ -1,0 +1,34 @@
+// What a product kernel is given: plain pointers, sizes and strides. Bindings fill it, kernels of both backends read
+// it.
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.h"
+
+namespace ghostgrad::core {
+
+// The operands of the per-sample product G_i = b_i^T a_i. The last dimension of both has unit stride; the other
+// strides, in elements, are free, zero included (expanded tensors).
+struct Operands {
+  const void* a;         // (batch, positions, in_features)    activations
+  const void* b;         // (batch, positions, out_features)   gradients at the output
+  DType dtype;           // of both
+  int64_t batch;         // B
+  int64_t positions;     // T
+  int64_t in_features;   // p
+  int64_t out_features;  // d
+  int64_t a_batch_stride, a_position_stride;
+  int64_t b_batch_stride, b_position_stride;
+};
+
+// The operand of row_sqnorm: rows of `length` adjacent elements.
+struct Rows {
+  const void* x;  // (batch, length)
+  DType dtype;
+  int64_t batch;   // B
+  int64_t length;  // N
+  int64_t batch_stride;
+};
+
+}  // namespace ghostgrad::core

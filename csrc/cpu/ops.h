@@ -1,0 +1,44 @@
+// The CPU kernels' front doors. Each picks the best instruction set that this machine has; Capability asks for another
+// one (tests do).
+#pragma once
+
+#include "core/operands.h"
+#include "core/plan.h"
+#include "cpu/parallel.h"
+
+namespace ghostgrad::cpu {
+
+enum class Capability : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+
+// The best that this machine and this build have, or less if the environment variable GHOSTGRAD_CPU_CAPABILITY
+// (portable, avx2, avx512) asks for less.
+Capability capability();
+const char* name_of(Capability capability);
+// The same as the plan sees it.
+core::Machine machine();
+
+// Results are in the accumulation type of the operands: float64 for float64, float32 for everything else.
+
+// sqnorm[i] = ||b_i^T a_i||^2, tile by tile.
+void outer_sqnorm(const core::Operands& operands,
+                  void* sqnorm,  // (B,)
+                  ParallelFor parallel, Capability capability);
+
+// sqnorm[i] = sum_{s,t} <a_is, a_it> <b_is, b_it>.
+void gram_sqnorm(const core::Operands& operands,
+                 void* sqnorm,  // (B,)
+                 ParallelFor parallel, Capability capability);
+
+// wgrad = sum_i weights[i] b_i^T a_i in the operands' own dtype, and sqnorm as outer_sqnorm, in one pass.
+void wgrad_sqnorm(const core::Operands& operands,
+                  const void* weights,  // (B,) in the accumulation type, or null for ones
+                  void* wgrad,          // (d, p)
+                  void* sqnorm,         // (B,)
+                  ParallelFor parallel, Capability capability);
+
+// sqnorm[i] = sum_j x[i, j]^2.
+void row_sqnorm(const core::Rows& rows,
+                void* sqnorm,  // (B,)
+                ParallelFor parallel, Capability capability);
+
+}  // namespace ghostgrad::cpu

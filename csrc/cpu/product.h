@@ -1,0 +1,261 @@
+// The per-sample product G_i = b_i^T a_i, one tile at a time: the heart of outer_sqnorm and wgrad_sqnorm.
+//
+// Both operands have the inner dimension t first, a (T, p) and b (T, d), so G_i is a sum of outer products and needs no
+// transposition. A *tile* is about 256 x 256 elements of G_i. For one tile the operands' columns are packed, kDepth
+// positions at a time, into panels
+//
+//   of b: kMr columns wide, [t][kMr]          of a: kNr = kNv vectors wide, [t][kNr]
+//
+// so that the innermost loop reads both in order, whatever the strides were (rows 4 KiB apart would all fall into the
+// same cache set), and so that widening from 16 bits happens once per element and not once per use. A packed element is
+// used about 128 times. A *block* of kMr x kNr sums is kept in registers while t runs, then handed to the epilogue:
+// squares to the sample's sum, weighted sum to the weight gradient.
+//
+// Summation: at most kDepth products in a row are added in the accumulation type; longer T goes on in float64, block by
+// block. Squares are added over the kMr * kNv vectors of a block in the accumulation type and from there on in float64.
+#pragma once
+
+#include "core/operands.h"
+#include "core/tiles.h"
+#include "cpu/scratch.h"
+#include "cpu/simd.h"
+
+namespace ghostgrad::cpu::GHOSTGRAD_ISA {
+namespace {
+
+using core::Split;
+
+constexpr int64_t kDepth = 256;
+constexpr int64_t kTileEdge = 256;
+// Runs of samples whose weighted sum stays in the accumulation type before it moves on to float64.
+constexpr int64_t kSamplesPerFlush = 64;
+
+// Packs `columns` columns of `depth` rows into panels [panel][depth][kWidth]; the last panel is filled up with zeros.
+template <int kWidth, class S, class A>
+void pack(const S* from,  // (depth, columns), rows `stride` apart
+          int64_t stride, int64_t depth, int64_t columns,
+          A* to) {              // (ceil(columns / kWidth), depth, kWidth)
+  constexpr int64_t kRows = 8;  // rows read together, so that a page is left for good and a panel written in a run
+  const int64_t whole = columns / kWidth;
+  const int64_t rest = columns - whole * kWidth;
+  for (int64_t first = 0; first < depth; first += kRows) {
+    const int64_t last = core::minimum(first + kRows, depth);
+    for (int64_t panel = 0; panel < whole; ++panel) {
+      for (int64_t t = first; t < last; ++t) {
+        const S* source = from + t * stride + panel * kWidth;
+        A* target = to + (panel * depth + t) * kWidth;
+        for (int column = 0; column < kWidth; ++column) target[column] = core::to_accumulation(source[column]);
+      }
+    }
+    if (rest == 0) continue;
+    for (int64_t t = first; t < last; ++t) {
+      const S* source = from + t * stride + whole * kWidth;
+      A* target = to + (whole * depth + t) * kWidth;
+      for (int64_t column = 0; column < kWidth; ++column) {
+        target[column] = column < rest ? core::to_accumulation(source[column]) : A(0);
+      }
+    }
+  }
+}
+
+// sums[r][c] = sum_t b[t][r] * a[t][c]: the innermost loop of both ops, once per accumulation type. A function of its
+// own, never inlined, and sums that leave registers once, at the end: where the compiler can see that someone points at
+// them it keeps them in memory while t runs, at half the speed, and whether it does is luck.
+template <class A>
+__attribute__((noinline)) void multiply_panels(const A* b,  // (depth, kMr)
+                                               const A* a,  // (depth, kNr)
+                                               int64_t depth,
+                                               A* sums) {  // (kMr, kNr)
+  constexpr int kNr = kNv * kLanes<A>;
+  Vector<A> registers[kMr][kNv];
+#pragma GCC unroll 16
+  for (int r = 0; r < kMr; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kNv; ++v) registers[r][v] = Vector<A>{};
+  }
+  for (int64_t t = 0; t < depth; ++t) {
+    Vector<A> columns[kNv];
+#pragma GCC unroll 4
+    for (int v = 0; v < kNv; ++v) columns[v] = load_aligned(a + t * kNr + v * kLanes<A>);
+#pragma GCC unroll 16
+    for (int r = 0; r < kMr; ++r) {
+      const A row = b[t * kMr + r];
+#pragma GCC unroll 4
+      for (int v = 0; v < kNv; ++v) registers[r][v] += columns[v] * row;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kMr; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kNv; ++v) *reinterpret_cast<Vector<A>*>(sums + r * kNr + v * kLanes<A>) = registers[r][v];
+  }
+}
+
+// What all per-sample products together cost, epilogues included.
+inline double product_operations(const core::Operands& o) {
+  return static_cast<double>(o.batch) * static_cast<double>(2 * o.positions + 10) * static_cast<double>(o.in_features) *
+         static_cast<double>(o.out_features);
+}
+
+template <class S>
+class TileProduct {
+ public:
+  using A = core::accumulation_t<S>;
+  static constexpr int kNr = kNv * kLanes<A>;
+  static constexpr int kBlock = kMr * kNr;
+
+  // The cut of G_i into tiles depends on its size alone.
+  static Split row_split(const core::Operands& o, int64_t edge) { return core::even_split(o.out_features, edge, kMr); }
+  static Split column_split(const core::Operands& o, int64_t edge) {
+    return core::even_split(o.in_features, edge, kNr);
+  }
+
+  // `wgrad`: the tile of the weight gradient is kept, too. `samples`: how many samples one tile sees at most.
+  static size_t room(const core::Operands& o, Split rows, Split columns, bool wgrad, int64_t samples) {
+    const int64_t depth = core::minimum(o.positions, kDepth);
+    const int64_t elements = rows.size * columns.size;
+    size_t bytes = Scratch::room<A>(rows.size * depth) + Scratch::room<A>(columns.size * depth);
+    if (o.positions > kDepth) bytes += Scratch::room<double>(elements);
+    if (wgrad) bytes += Scratch::room<A>(elements);
+    if (wgrad && samples > kSamplesPerFlush) bytes += Scratch::room<double>(elements);
+    return bytes;
+  }
+
+  TileProduct(const core::Operands& o, Split rows, Split columns, bool wgrad, int64_t samples)
+      : o_(o), rows_(rows), columns_(columns), scratch_(room(o, rows, columns, wgrad, samples)) {
+    const int64_t depth = core::minimum(o.positions, kDepth);
+    const int64_t elements = rows.size * columns.size;
+    packed_b_ = scratch_.take<A>(rows.size * depth);
+    packed_a_ = scratch_.take<A>(columns.size * depth);
+    if (o.positions > kDepth) long_sums_ = scratch_.take<double>(elements);
+    if (wgrad) wgrad_ = scratch_.take<A>(elements);
+    if (wgrad && samples > kSamplesPerFlush) wgrad_total_ = scratch_.take<double>(elements);
+  }
+
+  void select_tile(int64_t row_tile, int64_t column_tile) {
+    row_begin_ = rows_.begin(row_tile);
+    column_begin_ = columns_.begin(column_tile);
+    tile_rows_ = rows_.end(row_tile) - row_begin_;
+    tile_columns_ = columns_.end(column_tile) - column_begin_;
+  }
+
+  // The sum of squares of the selected tile of G_i. With kWgrad, weight * tile is added to the running weight gradient.
+  template <bool kWgrad>
+  double add_sample(int64_t sample, A weight) {
+    const int64_t row_panels = core::ceil_div(tile_rows_, kMr), column_panels = core::ceil_div(tile_columns_, kNr);
+    double squares = 0.0;
+    for (int64_t t = 0; t < o_.positions; t += kDepth) {
+      const int64_t depth = core::minimum(kDepth, o_.positions - t);
+      const bool first = t == 0, last = t + depth == o_.positions;
+      pack<kMr>(static_cast<const S*>(o_.b) + sample * o_.b_batch_stride + t * o_.b_position_stride + row_begin_,
+                o_.b_position_stride, depth, tile_rows_, packed_b_);
+      pack<kNr>(static_cast<const S*>(o_.a) + sample * o_.a_batch_stride + t * o_.a_position_stride + column_begin_,
+                o_.a_position_stride, depth, tile_columns_, packed_a_);
+      for (int64_t column_panel = 0; column_panel < column_panels; ++column_panel) {
+        double panel_squares = 0.0;
+        for (int64_t row_panel = 0; row_panel < row_panels; ++row_panel) {
+          const int64_t block = column_panel * row_panels + row_panel;
+          alignas(kVectorBytes) A sums[kBlock];
+          multiply_panels(packed_b_ + row_panel * depth * kMr, packed_a_ + column_panel * depth * kNr, depth, sums);
+          if (!(first && last)) lengthen(long_sums_ + block * kBlock, first, sums);
+          if (!last) continue;
+          const int64_t valid_rows = core::minimum(kMr, tile_rows_ - row_panel * kMr);
+          const int64_t valid_columns = core::minimum(kNr, tile_columns_ - column_panel * kNr);
+          A* wgrad = kWgrad ? wgrad_ + block * kBlock : nullptr;
+          panel_squares += valid_rows == kMr && valid_columns == kNr
+                               ? whole_block<kWgrad>(sums, weight, wgrad)
+                               : partial_block<kWgrad>(sums, weight, wgrad, valid_rows, valid_columns);
+        }
+        squares += panel_squares;
+      }
+    }
+    return squares;
+  }
+
+  void clear_wgrad() {
+    for (int64_t i = 0; i < rows_.size * columns_.size; ++i) wgrad_[i] = A(0);
+    if (wgrad_total_ == nullptr) return;
+    for (int64_t i = 0; i < rows_.size * columns_.size; ++i) wgrad_total_[i] = 0.0;
+  }
+
+  // Call every kSamplesPerFlush samples.
+  void flush_wgrad() {
+    if (wgrad_total_ == nullptr) return;
+    for (int64_t i = 0; i < rows_.size * columns_.size; ++i) {
+      wgrad_total_[i] += static_cast<double>(wgrad_[i]);
+      wgrad_[i] = A(0);
+    }
+  }
+
+  // Writes the running weight gradient of the selected tile to its place in `to` (d, p), as S or as A.
+  template <class Out>
+  void store_wgrad(Out* to) {
+    flush_wgrad();
+    const int64_t row_panels = core::ceil_div(tile_rows_, kMr);
+    for (int64_t row = 0; row < tile_rows_; ++row) {
+      Out* target = to + (row_begin_ + row) * o_.in_features + column_begin_;
+      for (int64_t column = 0; column < tile_columns_; ++column) {
+        const int64_t block = (column / kNr) * row_panels + row / kMr;
+        const int64_t index = block * kBlock + (row % kMr) * kNr + column % kNr;
+        const A value = wgrad_total_ == nullptr ? wgrad_[index] : static_cast<A>(wgrad_total_[index]);
+        target[column] = core::from_accumulation<Out>(value);
+      }
+    }
+  }
+
+ private:
+  // Carries sums over from one run of kDepth positions to the next, in float64.
+  static void lengthen(double* total, bool first, A* sums) {
+    for (int i = 0; i < kBlock; ++i) {
+      total[i] = first ? static_cast<double>(sums[i]) : total[i] + static_cast<double>(sums[i]);
+      sums[i] = static_cast<A>(total[i]);
+    }
+  }
+
+  template <bool kWgrad>
+  static double whole_block(const A* sums, A weight, A* wgrad) {
+    Vector<A> squares[kNv] = {};
+#pragma GCC unroll 16
+    for (int r = 0; r < kMr; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kNv; ++v) {
+        const int at = r * kNr + v * kLanes<A>;
+        const Vector<A> sum = load_aligned(sums + at);
+        squares[v] += sum * sum;
+        if constexpr (kWgrad) *reinterpret_cast<Vector<A>*>(wgrad + at) += sum * weight;
+      }
+    }
+    double total = 0.0;
+#pragma GCC unroll 4
+    for (int v = 0; v < kNv; ++v) total += static_cast<double>(horizontal_sum<A>(squares[v]));
+    return total;
+  }
+
+  // A block that sticks out of the matrix. What was padded with zeros may hold 0 * inf by now and must not be looked
+  // at.
+  template <bool kWgrad>
+  static double partial_block(const A* sums, A weight, A* wgrad, int64_t rows, int64_t columns) {
+    double total = 0.0;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < columns; ++c) {
+        const A value = sums[r * kNr + c];
+        total += static_cast<double>(value * value);
+        if constexpr (kWgrad) wgrad[r * kNr + c] += weight * value;
+      }
+    }
+    return total;
+  }
+
+  const core::Operands& o_;
+  Split rows_, columns_;
+  Scratch scratch_;
+  A* packed_a_ = nullptr;          // (ceil(tile columns / kNr), depth, kNr)
+  A* packed_b_ = nullptr;          // (ceil(tile rows / kMr), depth, kMr)
+  double* long_sums_ = nullptr;    // (blocks, kMr, kNr), if T > kDepth
+  A* wgrad_ = nullptr;             // (blocks, kMr, kNr)
+  double* wgrad_total_ = nullptr;  // the same, if there are many samples
+  int64_t row_begin_ = 0, column_begin_ = 0, tile_rows_ = 0, tile_columns_ = 0;
+};
+
+}  // namespace
+}  // namespace ghostgrad::cpu::GHOSTGRAD_ISA

@@ -1,0 +1,65 @@
+// The Python module ghostgrad._C: what is not a tensor computation.
+//
+// Why both this file and csrc/torch/library.cpp? Whatever touches a tensor is a registered op, for only so do autograd,
+// fake tensors, torch.compile and profilers see it; importing this module runs those registrations. What is left are
+// facts about the build and pure functions of shapes, which an op cannot take or return: they are bound here, with
+// pybind11, and this is the only file that includes it. No function has two doors.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "core/plan.h"
+#include "cpu/ops.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace ghostgrad;
+
+core::DType dtype_named(const std::string& name) {
+  if (name == "float32") return core::DType::kFloat32;
+  if (name == "float64") return core::DType::kFloat64;
+  if (name == "bfloat16") return core::DType::kBFloat16;
+  if (name == "float16") return core::DType::kFloat16;
+  throw std::invalid_argument("plan: dtype must be float32, float64, bfloat16 or float16, got " + name);
+}
+
+const char* name_of(core::Norm norm) {
+  switch (norm) {
+    case core::Norm::kRow:
+      return "row";
+    case core::Norm::kGram:
+      return "gram";
+    case core::Norm::kOuter:
+      return "outer";
+    case core::Norm::kFused:
+      break;
+  }
+  return "fused";
+}
+
+py::tuple plan(int64_t B, int64_t T, int64_t p, int64_t d, const std::string& dtype, const std::string& device,
+               bool wgrad) {
+  const core::Machine where = device == "cuda" ? core::Machine::kCuda : cpu::machine();
+  const core::Plan chosen = core::plan(core::Problem{B, T, p, d, dtype_named(dtype), where, wgrad});
+  return py::make_tuple(name_of(chosen.norm), chosen.flops);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build facts and pure functions; importing it registers the ops of torch.ops.ghostgrad.";
+#if defined(GHOSTGRAD_WITH_CUDA)
+  m.attr("with_cuda") = true;
+#else
+  m.attr("with_cuda") = false;
+#endif
+  m.attr("cuda_archs") = GHOSTGRAD_CUDA_ARCHS;
+  m.def(
+      "cpu_capability", [] { return std::string(cpu::name_of(cpu::capability())); },
+      "The instruction set that the CPU kernels run with: portable, avx2 or avx512.");
+  m.def("plan", &plan, py::arg("B"), py::arg("T"), py::arg("p"), py::arg("d"), py::arg("dtype"), py::arg("device"),
+        py::arg("wgrad"), "The formula chosen for a layer's squared norms, and its floating-point operations.");
+}

@@ -1,0 +1,140 @@
+// What every binding asks of its arguments, and how tensors become the plain structs that kernels read.
+//
+// The Python wrappers check first, for the message; these checks make sure, for callers of torch.ops.ghostgrad. An
+// error names the op, the argument, the rule and the value.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "core/operands.h"
+
+namespace ghostgrad::binding {
+
+using ::torch::headeronly::ScalarType;
+using ::torch::stable::Tensor;
+
+template <class... Words>
+inline void check(bool holds, const Words&... words) {
+  if (holds) return;
+  std::ostringstream message;
+  (message << ... << words);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::ostringstream out;
+  out << "(";
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) out << (dim > 0 ? ", " : "") << tensor.size(dim);
+  out << (tensor.dim() == 1 ? ",)" : ")");
+  return out.str();
+}
+
+inline core::DType dtype_of(const char* op, const char* argument, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return core::DType::kFloat32;
+    case ScalarType::Double:
+      return core::DType::kFloat64;
+    case ScalarType::BFloat16:
+      return core::DType::kBFloat16;
+    case ScalarType::Half:
+      return core::DType::kFloat16;
+    default:
+      break;
+  }
+  check(false, op, ": ", argument, " must be float32, float64, bfloat16 or float16, got scalar type ",
+        static_cast<int>(tensor.scalar_type()));
+  return core::DType::kFloat32;
+}
+
+inline ScalarType accumulation_type(core::DType dtype) {
+  return dtype == core::DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+// The last dimension gets unit stride, by a copy if need be; the others keep what they have.
+inline Tensor with_unit_last_stride(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  return tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor : ::torch::stable::contiguous(tensor);
+}
+
+inline bool same_device(const Tensor& x, const Tensor& y) {
+  return x.is_cuda() == y.is_cuda() && x.is_cpu() == y.is_cpu() && x.get_device_index() == y.get_device_index();
+}
+
+// Checked operands, and the tensors that own what they point at.
+struct CheckedOperands {
+  Tensor a;  // (B, T, p)
+  Tensor b;  // (B, T, d)
+  core::Operands operands;
+};
+
+inline void check_shapes(const char* op,
+                         const Tensor& a,    // (B, T, p)
+                         const Tensor& b) {  // (B, T, d)
+  check(a.dim() == 3, op, ": a must be (B, T, p), got ", shape_of(a));
+  check(b.dim() == 3, op, ": b must be (B, T, d), got ", shape_of(b));
+  check(a.size(0) == b.size(0) && a.size(1) == b.size(1), op, ": a and b must agree in batch and positions, got ",
+        shape_of(a), " and ", shape_of(b));
+}
+
+inline CheckedOperands checked_operands(const char* op,
+                                        const Tensor& a,    // (B, T, p)
+                                        const Tensor& b) {  // (B, T, d)
+  check_shapes(op, a, b);
+  check(same_device(a, b), op, ": a and b must be on the same device");
+  const core::DType dtype = dtype_of(op, "a", a);
+  check(dtype == dtype_of(op, "b", b), op, ": a and b must have the same dtype");
+  CheckedOperands checked{with_unit_last_stride(a), with_unit_last_stride(b), {}};
+  checked.operands = core::Operands{checked.a.const_data_ptr(),
+                                    checked.b.const_data_ptr(),
+                                    dtype,
+                                    a.size(0),
+                                    a.size(1),
+                                    a.size(2),
+                                    b.size(2),
+                                    checked.a.stride(0),
+                                    checked.a.stride(1),
+                                    checked.b.stride(0),
+                                    checked.b.stride(1)};
+  return checked;
+}
+
+// A weight per sample, in the accumulation dtype of `a` and contiguous.
+inline Tensor checked_weights(const char* op,
+                              const Tensor& a,          // (B, T, p)
+                              const Tensor& weights) {  // (B,)
+  check(weights.dim() == 1 && weights.size(0) == a.size(0), op, ": weights must be (B,) with B = ", a.size(0), ", got ",
+        shape_of(weights));
+  check(same_device(a, weights), op, ": weights must be on the device of a");
+  check(weights.scalar_type() == accumulation_type(dtype_of(op, "a", a)), op,
+        ": weights must have the accumulation dtype of a, float64 for float64 and float32 otherwise");
+  return ::torch::stable::contiguous(weights);
+}
+
+struct CheckedRows {
+  Tensor x;  // (B, ...)
+  core::Rows rows;
+};
+
+inline CheckedRows checked_rows(const char* op, const Tensor& x) {  // (B, ...)
+  check(x.dim() >= 1, op, ": x must have a batch dimension, got a scalar");
+  const core::DType dtype = dtype_of(op, "x", x);
+  // The elements of a row must be adjacent; rows themselves may lie anywhere.
+  int64_t length = 1;
+  bool adjacent = true;
+  for (int64_t dim = x.dim() - 1; dim >= 1; --dim) {
+    adjacent = adjacent && (x.size(dim) <= 1 || x.stride(dim) == length);
+    length *= x.size(dim);
+  }
+  CheckedRows checked{adjacent ? x : ::torch::stable::contiguous(x), {}};
+  checked.rows = core::Rows{checked.x.const_data_ptr(), dtype, x.size(0), length, checked.x.stride(0)};
+  return checked;
+}
+
+}  // namespace ghostgrad::binding

@@ -1,0 +1,26 @@
+#include "cuda/gram_sqnorm.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "torch/launch_cuda.h"
+
+namespace ghostgrad::binding {
+namespace {
+
+Tensor gram_sqnorm_cuda(const Tensor& a,    // (B, T, p)
+                        const Tensor& b) {  // (B, T, d)
+  const CheckedOperands checked = checked_operands("gram_sqnorm", a, b);
+  const CudaContext context(a);
+  Tensor sqnorm = ::torch::stable::new_empty(a, {a.size(0)}, accumulation_type(checked.operands.dtype));
+  Tensor workspace = workspace_like(a, cuda::gram_sqnorm_workspace(checked.operands));
+  check_launch("gram_sqnorm", cuda::launch_gram_sqnorm(checked.operands, sqnorm.mutable_data_ptr(),
+                                                       workspace.mutable_data_ptr(), context.stream()));
+  return sqnorm;  // (B,)
+}
+
+}  // namespace
+}  // namespace ghostgrad::binding
+
+STABLE_TORCH_LIBRARY_IMPL(ghostgrad, CUDA, m) {
+  m.impl("gram_sqnorm", TORCH_BOX(&ghostgrad::binding::gram_sqnorm_cuda));
+}

@@ -1,0 +1,23 @@
+// Every op of ghostgrad, one schema each. Implementations stand in <op>_cpu.cpp and <op>_cuda.cpp, fake kernels and
+// autograd in python/ghostgrad/ops.py.
+//
+// B samples, T positions, p in-features, d out-features; squared norms come in the accumulation dtype: float64 for
+// float64, float32 for the rest.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(ghostgrad, m) {
+  // a (B, T, p), b (B, T, d) -> (B,)                            ||b_i^T a_i||^2, tile by tile
+  m.def("outer_sqnorm(Tensor a, Tensor b) -> Tensor");
+  // a (B, T, p), b (B, T, d) -> (B,)                            sum_{s,t} <a_is, a_it> <b_is, b_it>
+  m.def("gram_sqnorm(Tensor a, Tensor b) -> Tensor");
+  // a (B, T, p), b (B, T, d), weights (B,) -> (d, p), (B,)      sum_i c_i b_i^T a_i and ||b_i^T a_i||^2
+  m.def("wgrad_sqnorm(Tensor a, Tensor b, Tensor? weights=None) -> (Tensor, Tensor)");
+  // x (B, ...) -> (B,)                                          sum_j x_ij^2
+  m.def("row_sqnorm(Tensor x) -> Tensor");
+
+  // Planned: one of the above, or a plain matrix product and one of the above, whichever core/plan.h expects to be
+  // fastest. a (B, T, p), b (B, T, d) -> (B,)
+  m.def("sqnorm(Tensor a, Tensor b) -> Tensor");
+  // a (B, T, p), b (B, T, d) -> (d, p), (B,)
+  m.def("wgrad_and_sqnorm(Tensor a, Tensor b) -> (Tensor, Tensor)");
+}

@@ -1,0 +1,382 @@
+"""The ops: per op a typed wrapper, its fake kernel and its autograd formula, under each other.
+
+An op's meaning is the function of the same name in :mod:`ghostgrad.reference`. Schemas stand in ``csrc/torch/library.cpp``,
+kernels in ``csrc/cpu`` and ``csrc/cuda``.
+
+Shapes: ``B`` samples, ``T`` positions, ``p`` input features, ``d`` output features; activations ``a`` (B, T, p), gradients at the output ``b`` (B, T, d),
+per-sample weight gradient ``G_i = b_i^T a_i`` (d, p). Squared norms come in the accumulation dtype: float64 for float64, float32 for everything narrower.
+
+Every autograd formula here is made of differentiable torch operations, so gradients of gradients of these ops exist to any order.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _C
+from .reference import accumulation_dtype
+
+__all__ = ["Plan", "gram_sqnorm", "outer_sqnorm", "plan", "row_sqnorm", "sqnorm", "wgrad_and_sqnorm", "wgrad_sqnorm"]
+
+_DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+# --- what all ops ask of their arguments; csrc/torch/check.h asks again, for callers of torch.ops ---
+
+
+def _shape(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def _check_tensor(op: str, name: str, x: Tensor) -> None:
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
+    _check_device(op, name, x.device)
+
+
+def _check_device(op: str, name: str, device: torch.device) -> None:
+    if device.type == "cuda" and not _C.with_cuda:
+        raise RuntimeError(
+            f"{op}: {name} is on {device}, but this build of ghostgrad has no CUDA kernels. "
+            "They are built where nvcc is on PATH and torch is a CUDA build: pip install --no-build-isolation --force-reinstall --no-deps ghostgrad "
+            f"(GHOSTGRAD_CUDA=1 makes a missing nvcc an error). Until then, ghostgrad.reference.{op} computes the same in plain PyTorch."
+        )
+
+
+def _check_operands(
+    op: str,
+    a: Tensor,  # (B, T, p)
+    b: Tensor,  # (B, T, d)
+) -> None:
+    _check_tensor(op, "a", a)
+    _check_tensor(op, "b", b)
+    if a.dim() != 3:
+        raise ValueError(f"{op}: a must be (B, T, p), got {_shape(a)}")
+    if b.dim() != 3:
+        raise ValueError(f"{op}: b must be (B, T, d), got {_shape(b)}")
+    if a.shape[0] != b.shape[0] or a.shape[1] != b.shape[1]:
+        raise ValueError(f"{op}: a and b must agree in batch and positions, got {_shape(a)} and {_shape(b)}")
+    if a.device != b.device:
+        raise ValueError(f"{op}: a and b must be on the same device, got {a.device} and {b.device}")
+    if a.dtype != b.dtype:
+        hint = ""
+        if {a.dtype, b.dtype} & {torch.float16, torch.bfloat16}:
+            hint = (
+                ". Under autocast a layer computes in the narrow dtype while its input may still be wide: "
+                "cast the activations to the dtype of the gradients at the output"
+            )
+        raise TypeError(f"{op}: a and b must have the same dtype, got {a.dtype} and {b.dtype}{hint}")
+
+
+# --- gradients of ||G_i||^2, shared by the ops that give it ---
+
+
+def _sqnorm_grads(
+    a: Tensor,  # (B, T, p)
+    b: Tensor,  # (B, T, d)
+    v: Tensor,  # (B,) cotangent of the squared norms
+    want_a: bool,
+    want_b: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # (B, T, p), (B, T, d)
+    """``v_i d||G_i||^2 / d a_i = 2 v_i b_i G_i`` and ``v_i d||G_i||^2 / d b_i = 2 v_i a_i G_i^T``.
+
+    Through ``G_i = b_i^T a_i`` itself, d p elements per sample, or through the Gram matrices ``b_i b_i^T`` and ``a_i a_i^T``, T T elements each, since
+    ``b_i G_i = (b_i b_i^T) a_i``: whichever is smaller. And ``min(T T, d p) <= T sqrt(d p) <= T (p + d) / 2``, so no such buffer is ever more
+    than half of the operands.
+    """
+    dtype = accumulation_dtype(a.dtype)
+    wide_a, wide_b = a.to(dtype), b.to(dtype)
+    scale = (2 * v.to(dtype))[:, None, None]
+    grad_a = grad_b = None
+    if a.shape[1] * a.shape[1] <= a.shape[2] * b.shape[2]:
+        if want_a:
+            grad_a = (wide_b @ wide_b.mT) @ (scale * wide_a)
+        if want_b:
+            grad_b = (wide_a @ wide_a.mT) @ (scale * wide_b)
+    else:
+        per_sample = scale * (wide_b.mT @ wide_a)  # (B, d, p)
+        if want_a:
+            grad_a = wide_b @ per_sample
+        if want_b:
+            grad_b = wide_a @ per_sample.mT
+    return None if grad_a is None else grad_a.to(a.dtype), None if grad_b is None else grad_b.to(b.dtype)
+
+
+def _save_operands(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs)
+
+
+def _operands_backward(ctx: Any, v: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if v is None:
+        return None, None
+    a, b = ctx.saved_tensors
+    return _sqnorm_grads(a, b, v, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+
+
+def _sqnorm_fake(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], dtype=accumulation_dtype(a.dtype))
+
+
+# --- outer_sqnorm ---
+
+
+def outer_sqnorm(
+    a: Tensor,  # (B, T, p)
+    b: Tensor,  # (B, T, d)
+) -> Tensor:  # (B,)
+    """Squared norms of the per-sample weight gradients, by tiles of ``G_i`` that are squared in registers and never written.
+
+    ``sq_i = ||b_i^T a_i||_F^2``
+
+    Args:
+        a: activations (B, T, p), in float32, float64, bfloat16 or float16. Strides are free; only a last dimension of other than unit stride is copied.
+        b: gradients at the output (B, T, d), of the same dtype and device.
+
+    Returns:
+        (B,), float64 for float64 and float32 otherwise. Products are accumulated in that dtype, squares in float64.
+
+    Memory: a few tiles per thread or thread block; never d * p elements, let alone B * d * p. Cost: 2 T p d floating-point operations per sample.
+    Same inputs on the same machine give the same bits, on any number of threads.
+
+    Raises:
+        ValueError: shapes or devices do not agree.
+        TypeError: the dtypes differ or are not supported.
+        RuntimeError: a CUDA tensor meets a build without CUDA.
+    """
+    _check_operands("outer_sqnorm", a, b)
+    return torch.ops.ghostgrad.outer_sqnorm.default(a, b)
+
+
+torch.library.register_fake("ghostgrad::outer_sqnorm", _sqnorm_fake)
+torch.library.register_autograd("ghostgrad::outer_sqnorm", _operands_backward, setup_context=_save_operands)
+
+
+# --- gram_sqnorm ---
+
+
+def gram_sqnorm(
+    a: Tensor,  # (B, T, p)
+    b: Tensor,  # (B, T, d)
+) -> Tensor:  # (B,)
+    """Squared norms of the per-sample weight gradients from inner products of positions: the ghost norm.
+
+    ``sq_i = sum_{s,t} <a_is, a_it> <b_is, b_it>``
+
+    Args:
+        a: activations (B, T, p), in float32, float64, bfloat16 or float16. Strides are free; only a last dimension of other than unit stride is copied.
+        b: gradients at the output (B, T, d), of the same dtype and device.
+
+    Returns:
+        (B,), float64 for float64 and float32 otherwise. Inner products are accumulated in that dtype, their products, which have signs and cancel, in float64.
+
+    Memory: one float64 per strip of positions; no T * T matrix. Cost: T^2 (p + d) floating-point operations per sample, both matrices being symmetric.
+    Same inputs on the same machine give the same bits, on any number of threads.
+
+    Raises:
+        ValueError: shapes or devices do not agree.
+        TypeError: the dtypes differ or are not supported.
+        RuntimeError: a CUDA tensor meets a build without CUDA.
+    """
+    _check_operands("gram_sqnorm", a, b)
+    return torch.ops.ghostgrad.gram_sqnorm.default(a, b)
+
+
+torch.library.register_fake("ghostgrad::gram_sqnorm", _sqnorm_fake)
+torch.library.register_autograd("ghostgrad::gram_sqnorm", _operands_backward, setup_context=_save_operands)
+
+
+# --- wgrad_sqnorm ---
+
+
+def wgrad_sqnorm(
+    a: Tensor,  # (B, T, p)
+    b: Tensor,  # (B, T, d)
+    weights: Tensor | None = None,  # (B,)
+) -> tuple[Tensor, Tensor]:  # (d, p), (B,)
+    """The weight gradient and all per-sample squared norms, from one pass over the tiles of ``G_i``.
+
+    ``wgrad = sum_i c_i b_i^T a_i`` and ``sq_i = ||b_i^T a_i||_F^2``, with ``c = weights`` or ones. The norms are those of the unweighted gradients.
+
+    Args:
+        a: activations (B, T, p), in float32, float64, bfloat16 or float16. Strides are free; only a last dimension of other than unit stride is copied.
+        b: gradients at the output (B, T, d), of the same dtype and device.
+        weights: one factor per sample (B,), cast to the accumulation dtype; clip factors, for example.
+
+    Returns:
+        The weight gradient (d, p) in the dtype of ``a``, and the squared norms (B,), float64 for float64 and float32 otherwise.
+        Products and the weighted sum are accumulated in the latter dtype, squares in float64.
+
+    Memory: a few tiles per thread or thread block beside the outputs. Where the matrix is too small to occupy the machine, the batch is cut into
+    runs with a weight gradient each, 16 tiles of them at most on a CPU. Cost: 2 T p d floating-point operations per sample, and 4 p d for the two sums.
+    Same inputs on the same machine give the same bits, on any number of threads.
+
+    Raises:
+        ValueError: shapes or devices do not agree.
+        TypeError: the dtypes differ or are not supported.
+        RuntimeError: a CUDA tensor meets a build without CUDA.
+    """
+    _check_operands("wgrad_sqnorm", a, b)
+    if weights is not None:
+        if weights.dim() != 1 or weights.shape[0] != a.shape[0]:
+            raise ValueError(f"wgrad_sqnorm: weights must be (B,) with B = {a.shape[0]}, got {_shape(weights)}")
+        if weights.device != a.device:
+            raise ValueError(f"wgrad_sqnorm: weights must be on the device of a, got {weights.device} and {a.device}")
+        weights = weights.to(accumulation_dtype(a.dtype))
+    return torch.ops.ghostgrad.wgrad_sqnorm.default(a, b, weights)
+
+
+@torch.library.register_fake("ghostgrad::wgrad_sqnorm")
+def _(a: Tensor, b: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return a.new_empty(b.shape[2], a.shape[2]), a.new_empty(a.shape[0], dtype=accumulation_dtype(a.dtype))
+
+
+def _wgrad_sqnorm_backward(ctx: Any, u: Tensor | None, v: Tensor | None) -> tuple[Tensor | None, ...]:
+    # u (d, p) is the cotangent of the weight gradient, v (B,) that of the squared norms. The first is linear in a, b and c:
+    # d/d a_i = c_i b_i u, d/d b_i = c_i a_i u^T, d/d c_i = <b_i u, a_i>. The second is _sqnorm_grads, and does not know c.
+    # Also the backward of wgrad_and_sqnorm, which has no weights; and the dispatcher drops weights=None, hence the tuples of two or three.
+    a, b, *rest = ctx.saved_tensors
+    weights = rest[0] if rest else None
+    want_a, want_b = ctx.needs_input_grad[:2]
+    want_weights = weights is not None and ctx.needs_input_grad[2]
+    grad_a = grad_b = grad_weights = None
+    if v is not None:
+        grad_a, grad_b = _sqnorm_grads(a, b, v, want_a, want_b)
+    if u is not None:
+        scale = 1 if weights is None else weights[:, None, None]
+        if want_a or want_weights:
+            b_u = b @ u  # (B, T, p)
+            if want_a:
+                linear = (b_u * scale).to(a.dtype)
+                grad_a = linear if grad_a is None else grad_a + linear
+            if weights is not None and want_weights:
+                grad_weights = (b_u.to(weights.dtype) * a.to(weights.dtype)).sum((1, 2))
+        if want_b:
+            linear = (a @ u.mT * scale).to(b.dtype)
+            grad_b = linear if grad_b is None else grad_b + linear
+    return (grad_a, grad_b, grad_weights)[: len(ctx.needs_input_grad)]
+
+
+torch.library.register_autograd("ghostgrad::wgrad_sqnorm", _wgrad_sqnorm_backward, setup_context=_save_operands)
+
+
+# --- row_sqnorm ---
+
+
+def row_sqnorm(
+    x: Tensor,  # (B, ...)
+) -> Tensor:  # (B,)
+    """Squared norms of rows that are there already: per-sample gradients of biases, scales, positional embeddings.
+
+    ``sq_i = sum_j x_ij^2`` over everything but the first dimension.
+
+    Args:
+        x: (B, ...), in float32, float64, bfloat16 or float16. Copied only if the elements of a row are not adjacent in memory.
+
+    Returns:
+        (B,), float64 for float64 and float32 otherwise. Squares are accumulated in that dtype over at most a thousand elements, beyond that in float64.
+
+    Memory: one float64 per 32768 elements. Cost: reading x once. Same inputs on the same machine give the same bits, on any number of threads.
+
+    Raises:
+        ValueError: x has no batch dimension.
+        TypeError: the dtype is not supported.
+        RuntimeError: a CUDA tensor meets a build without CUDA.
+    """
+    _check_tensor("row_sqnorm", "x", x)
+    if x.dim() < 1:
+        raise ValueError("row_sqnorm: x must have a batch dimension, got a scalar")
+    return torch.ops.ghostgrad.row_sqnorm.default(x)
+
+
+@torch.library.register_fake("ghostgrad::row_sqnorm")
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
+
+
+def _row_sqnorm_backward(ctx: Any, v: Tensor | None) -> Tensor | None:
+    if v is None:
+        return None
+    (x,) = ctx.saved_tensors
+    return (2 * v).reshape(-1, *[1] * (x.dim() - 1)).to(x.dtype) * x
+
+
+torch.library.register_autograd("ghostgrad::row_sqnorm", _row_sqnorm_backward, setup_context=_save_operands)
+
+
+# --- planned ops: the formula that is expected to be fastest for the shapes at hand ---
+
+
+class Plan(NamedTuple):
+    """A choice of formula: see :func:`plan`."""
+
+    formula: str
+    """``"row"`` (T = 1: ``||a_i||^2 ||b_i||^2``), ``"gram"``, ``"outer"``, or ``"fused"`` with the weight gradient."""
+    flops: float
+    """Floating-point operations of everything asked for, the weight gradient included."""
+
+
+def plan(B: int, T: int, p: int, d: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", wgrad: bool = False) -> Plan:
+    """The formula that :func:`sqnorm` (``wgrad=False``) or :func:`wgrad_and_sqnorm` (``wgrad=True``) uses for these sizes.
+
+    A pure function: ``csrc/core/plan.h`` says how it decides. Without a weight gradient, about: Gram matrices if ``T < 2 p d / (p + d)``.
+
+    Args:
+        B: samples.
+        T: positions.
+        p: input features.
+        d: output features.
+        dtype: of the operands.
+        device: where they are.
+        wgrad: whether the weight gradient is wanted, too.
+    """
+    if dtype not in _DTYPES:
+        raise TypeError(f"plan: dtype must be float32, float64, bfloat16 or float16, got {dtype}")
+    if min(B, T, p, d) < 0:
+        raise ValueError(f"plan: sizes must not be negative, got B={B}, T={T}, p={p}, d={d}")
+    return Plan(*_C.plan(B, T, p, d, _DTYPES[dtype], torch.device(device).type, wgrad))
+
+
+def sqnorm(
+    a: Tensor,  # (B, T, p)
+    b: Tensor,  # (B, T, d)
+) -> Tensor:  # (B,)
+    """Squared norms of the per-sample weight gradients, by whichever formula :func:`plan` expects to be fastest.
+
+    ``sq_i = ||b_i^T a_i||_F^2``
+
+    Arguments, result, accumulation and errors are those of :func:`outer_sqnorm`; memory and cost are those of the formula chosen.
+    The choice is made when the op runs, so under ``torch.compile`` with dynamic shapes it adds no guards.
+    """
+    _check_operands("sqnorm", a, b)
+    return torch.ops.ghostgrad.sqnorm.default(a, b)
+
+
+torch.library.register_fake("ghostgrad::sqnorm", _sqnorm_fake)
+torch.library.register_autograd("ghostgrad::sqnorm", _operands_backward, setup_context=_save_operands)
+
+
+def wgrad_and_sqnorm(
+    a: Tensor,  # (B, T, p)
+    b: Tensor,  # (B, T, d)
+) -> tuple[Tensor, Tensor]:  # (d, p), (B,)
+    """The weight gradient and all per-sample squared norms, fused or from a matrix product and a norm, whichever :func:`plan` expects to be faster.
+
+    ``wgrad = sum_i b_i^T a_i`` and ``sq_i = ||b_i^T a_i||_F^2``
+
+    Arguments, results, accumulation and errors are those of :func:`wgrad_sqnorm` without weights; memory and cost are those of the formula chosen.
+    The choice is made when the op runs, so under ``torch.compile`` with dynamic shapes it adds no guards.
+    """
+    _check_operands("wgrad_and_sqnorm", a, b)
+    return torch.ops.ghostgrad.wgrad_and_sqnorm.default(a, b)
+
+
+@torch.library.register_fake("ghostgrad::wgrad_and_sqnorm")
+def _(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return a.new_empty(b.shape[2], a.shape[2]), a.new_empty(a.shape[0], dtype=accumulation_dtype(a.dtype))
+
+
+torch.library.register_autograd("ghostgrad::wgrad_and_sqnorm", _wgrad_sqnorm_backward, setup_context=_save_operands)

@@ -1,0 +1,61 @@
+"""The definition of every op, in plain PyTorch.
+
+Each function here has the name of an op in :mod:`ghostgrad.ops` and *is* what that op means: it runs in any floating dtype, on any device,
+is differentiable by autograd, and is short enough to be believed. Tests, benchmarks and readers meet here; memory and speed are not its business.
+
+Shapes: ``B`` samples, ``T`` positions, ``p`` input features, ``d`` output features; activations ``a`` (B, T, p), gradients of the loss at the output
+``b`` (B, T, d), per-sample weight gradient ``G_i = b_i^T a_i`` (d, p).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["accumulation_dtype", "gram_sqnorm", "outer_sqnorm", "row_sqnorm", "wgrad_sqnorm"]
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which squared norms of ``dtype`` are accumulated and returned: float64 for float64, float32 for every narrower one."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _per_sample_wgrad(a: Tensor, b: Tensor) -> Tensor:
+    dtype = accumulation_dtype(a.dtype)
+    return b.to(dtype).mT @ a.to(dtype)  # (B, d, p)
+
+
+def outer_sqnorm(
+    a: Tensor,  # (B, T, p)
+    b: Tensor,  # (B, T, d)
+) -> Tensor:  # (B,)
+    """``sq_i = ||b_i^T a_i||_F^2``."""
+    return _per_sample_wgrad(a, b).square().sum((1, 2))
+
+
+def gram_sqnorm(
+    a: Tensor,  # (B, T, p)
+    b: Tensor,  # (B, T, d)
+) -> Tensor:  # (B,)
+    """``sq_i = sum_{s,t} <a_is, a_it> <b_is, b_it>``, the same number as :func:`outer_sqnorm` without forming ``G_i``."""
+    dtype = accumulation_dtype(a.dtype)
+    a, b = a.to(dtype), b.to(dtype)
+    return ((a @ a.mT) * (b @ b.mT)).sum((1, 2))
+
+
+def wgrad_sqnorm(
+    a: Tensor,  # (B, T, p)
+    b: Tensor,  # (B, T, d)
+    weights: Tensor | None = None,  # (B,)
+) -> tuple[Tensor, Tensor]:  # (d, p), (B,)
+    """``(sum_i c_i G_i, ||G_i||_F^2)``: the weight gradient (weighted by ``c = weights`` if given) and the unweighted squared norms."""
+    per_sample = _per_sample_wgrad(a, b)
+    weighted = per_sample if weights is None else per_sample * weights.to(per_sample.dtype)[:, None, None]
+    return weighted.sum(0).to(a.dtype), per_sample.square().sum((1, 2))
+
+
+def row_sqnorm(
+    x: Tensor,  # (B, ...)
+) -> Tensor:  # (B,)
+    """``sq_i = sum_j x_ij^2`` over everything but the first dimension."""
+    return x.to(accumulation_dtype(x.dtype)).flatten(1).square().sum(1) if x.dim() > 1 else x.to(accumulation_dtype(x.dtype)).square()

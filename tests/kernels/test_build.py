@@ -1,0 +1,200 @@
+"""The compiled half, looked at from outside: its C++ tests, what ptxas says, who includes whom, and which symbols it leaves open.
+
+The kernels are built once more, with tests, in ``build/tests``; a second run reuses what is there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths
+
+from ghostgrad import _C
+
+sys.path.insert(0, str(Path(__file__).parent))
+import resources
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "tests"
+OPS = ["gram_sqnorm", "outer_sqnorm", "row_sqnorm", "wgrad_sqnorm"]
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+
+
+@pytest.fixture(scope="module")
+def build() -> Path:
+    """The build folder, with everything built. ``build.log`` keeps what compilers said, of earlier runs too: what is up to date is not compiled again."""
+    if shutil.which("cmake") is None:
+        pytest.skip("cmake is not on PATH")
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    cuda = "ON" if shutil.which("nvcc") else "OFF"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "build.log", "a") as log:
+        configure = ["cmake", "-S", str(ROOT), "-B", str(BUILD), *generator, "-DGHOSTGRAD_TESTS=ON", f"-DGHOSTGRAD_CUDA={cuda}"]
+        for command in (configure, ["cmake", "--build", str(BUILD), "--parallel", str(os.cpu_count())]):
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+            assert done.returncode == 0, (BUILD / "build.log").read_text()[-6000:]
+    return BUILD
+
+
+def ctest_names() -> list[str]:
+    """The tests that CMakeLists.txt adds."""
+    return ["dtype", "kernels", "plan", "reduce", "tiles", "emulated", pytest.param("launch", marks=needs_nvcc)]
+
+
+@pytest.mark.parametrize("name", ctest_names())
+def test_cpp(build: Path, name: str) -> None:
+    done = subprocess.run([str(build / f"test_{name}")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[:4000] + done.stderr[:4000]
+
+
+def test_every_cpp_test_is_listed(build: Path) -> None:
+    listed = subprocess.run(["ctest", "--test-dir", str(build), "-N"], check=True, capture_output=True, text=True).stdout
+    known = {name if isinstance(name, str) else name.values[0] for name in ctest_names()}
+    assert set(re.findall(r"Test +#\d+: (\w+)", listed)) == (known if shutil.which("nvcc") else known - {"launch"})
+
+
+# --- ptxas ---
+
+
+@needs_nvcc
+def test_no_kernel_spills(build: Path) -> None:
+    rows = resources.parse((build / "build.log").read_text())
+    print("\n" + resources.table(rows))
+    archs = {row.arch for row in rows}
+    assert archs == {"sm_80", "sm_90"} or "CUDAARCHS" in os.environ
+    for arch in archs:
+        kernels = {row.kernel for row in rows if row.arch == arch}
+        for op in OPS:
+            for dtype in ("float32", "float64", "bfloat16", "float16"):
+                assert any(kernel.startswith(f"{op}_kernel<{dtype}") for kernel in kernels), f"{op} in {dtype} is not compiled for {arch}: {kernels}"
+    assert not [row for row in rows if row.spill_bytes]
+    assert not [row for row in rows if row.stack_bytes], "a kernel keeps an array in local memory"
+    assert all(row.shared_bytes <= 48 * 1024 for row in rows)
+
+
+def test_the_reader_of_ptxas_sees_spills() -> None:
+    log = """
+ptxas info    : Compiling entry function '_ZN9ghostgrad4cuda4_GLO11some_kernelIfEEvv' for 'sm_80'
+ptxas info    : Function properties for _ZN9ghostgrad4cuda4_GLO11some_kernelIfEEvv
+    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 8768 bytes smem, 456 bytes cmem[0]
+"""
+    assert resources.parse(log) == [resources.Resources("some_kernel<float32>", "sm_80", 255, 8768, 16, 12)]
+
+
+@needs_nvcc
+def test_a_spilling_kernel_does_not_build(tmp_path: Path) -> None:
+    # The gate itself: the flags that CMakeLists.txt gives to nvcc turn a spill into an error.
+    source = tmp_path / "spill.cu"
+    source.write_text(
+        "__global__ void __launch_bounds__(1024) spill(float* x) {\n"
+        "  float y[200];\n"
+        "#pragma unroll\n"
+        "  for (int i = 0; i < 200; ++i) y[i] = x[i * 1024 + threadIdx.x];\n"
+        "  __syncthreads();\n"
+        "#pragma unroll\n"
+        "  for (int i = 0; i < 200; ++i) x[i * 1024 + threadIdx.x] = y[199 - i] * y[i];\n"
+        "}\n"
+    )
+    assert "--warn-on-spills,--warning-as-error" in (ROOT / "CMakeLists.txt").read_text()
+    flags = ["-arch=sm_80", "-Xptxas", "--warn-on-spills,--warning-as-error", "-c", "-o", str(tmp_path / "spill.o")]
+    assert subprocess.run(["nvcc", *flags, str(source)], capture_output=True).returncode != 0
+
+
+# --- who includes whom ---
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s+[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("folder", "forbidden"),
+    [
+        ("core", r"torch/|ATen/|c10/|pybind11/|cuda|cpu/"),
+        ("cpu", r"torch/|ATen/|c10/|pybind11/|cuda"),
+        ("cuda", r"torch/|ATen/|c10/|pybind11/|cpu/"),
+        ("torch", r"torch/extension\.h|torch/all\.h|torch/library\.h|ATen/|c10/|pybind11/"),
+    ],
+)
+def test_include_rules(folder: str, forbidden: str) -> None:
+    files = sorted((ROOT / "csrc" / folder).iterdir())
+    assert files
+    for path in files:
+        wrong = [name for name in includes(path) if re.match(forbidden, name)]
+        assert not wrong, f"{path.relative_to(ROOT)} must not include {wrong}"
+
+
+def test_include_rules_of_single_files() -> None:
+    assert not [name for name in includes(ROOT / "csrc" / "module.cpp") if re.match("torch/|ATen/|c10/", name)]
+    for path in sorted((ROOT / "csrc" / "torch").iterdir()):
+        other = {"_cpu": "cuda", "_cuda": "cpu/"}
+        for suffix, prefix in other.items():
+            if path.stem.endswith(suffix):
+                assert not [name for name in includes(path) if name.startswith(prefix)], path.name
+    # One name, all its files.
+    for op in OPS:
+        for file in (f"cpu/{op}.cpp", f"cuda/{op}.h", f"cuda/{op}.cu", f"torch/{op}_cpu.cpp", f"torch/{op}_cuda.cpp"):
+            assert (ROOT / "csrc" / file).exists(), file
+        assert f'm.def("{op}(' in (ROOT / "csrc" / "torch" / "library.cpp").read_text()
+
+
+# --- symbols ---
+
+
+def symbols(path: Path, *options: str) -> list[str]:
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not on PATH")
+    return subprocess.run(["nm", "-C", *options, str(path)], check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def test_the_module_keeps_to_the_stable_abi() -> None:
+    undefined = symbols(Path(_C.__file__), "-D", "--undefined-only")
+    assert undefined
+    assert not [line for line in undefined if re.search(r"\b(c10|at|torch)::", line)]
+
+
+def test_instruction_sets_share_no_code(build: Path) -> None:
+    # Note [One translation unit per instruction set] in csrc/cpu/simd.h.
+    objects = sorted(path for isa in ("portable", "avx2", "avx512") for path in build.glob(f"CMakeFiles/ghostgrad_cpu_{isa}.dir/**/*.o"))
+    assert objects
+    for path in objects:
+        weak = [line for line in symbols(path, "--defined-only") if re.match(r"\w+ [VvWwu] ", line) and "DW.ref." not in line]
+        assert not weak, f"{path.name} could lend these to others: {weak}"
+
+
+# --- CUDA bindings ---
+
+
+@needs_nvcc
+@pytest.mark.parametrize("op", OPS)
+def test_the_cuda_binding_compiles(op: str, tmp_path: Path, build: Path) -> None:
+    # Also where torch is a CPU build and the binding is not part of the module.
+    facts = dict(line.split("=", 1) for line in (build / "ghostgrad_kernels.txt").read_text().splitlines())
+    paths = [str(ROOT / "csrc"), *include_paths(), *facts["cuda_include"].split(";")]
+    flags = [
+        "-std=c++17",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Werror",
+        "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        *[f"-I{path}" for path in paths],
+    ]
+    source = str(ROOT / "csrc" / "torch" / f"{op}_cuda.cpp")
+    done = subprocess.run(["g++", *flags, "-c", source, "-o", str(tmp_path / "binding.o")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:4000]
+
+
+def test_both_backends_are_registered() -> None:
+    for op in OPS:
+        table = torch._C._dispatch_dump(f"ghostgrad::{op}")
+        assert re.search(r"^CPU: registered", table, re.MULTILINE)
+        assert bool(re.search(r"^CUDA: registered", table, re.MULTILINE)) == _C.with_cuda

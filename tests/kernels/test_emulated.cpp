@@ -1,0 +1,147 @@
+// The CUDA kernels, run on the CPU by emulation/cuda_runtime_api.h, against the CPU kernels. In three orders of threads
+// and with fewer blocks than units: same bits.
+#include <cmath>
+#include <initializer_list>
+#include <random>
+#include <vector>
+
+#include "../core/expect.h"
+#include "cpu/ops.h"
+#include "cuda/gram_sqnorm.h"
+#include "cuda/outer_sqnorm.h"
+#include "cuda/row_sqnorm.h"
+#include "cuda/wgrad_sqnorm.h"
+
+using namespace ghostgrad;
+
+template <class S>
+constexpr core::DType kDType = core::DType::kFloat32;
+template <>
+constexpr core::DType kDType<double> = core::DType::kFloat64;
+template <>
+constexpr core::DType kDType<core::BFloat16> = core::DType::kBFloat16;
+template <>
+constexpr core::DType kDType<core::Float16> = core::DType::kFloat16;
+
+template <class S>
+static std::vector<S> draw(int64_t count, unsigned seed) {
+  std::mt19937 generator(seed);
+  std::uniform_real_distribution<float> uniform(-1, 1);
+  std::vector<S> values(static_cast<size_t>(count) + 1);
+  for (S& value : values) value = core::from_accumulation<S>(static_cast<core::accumulation_t<S>>(uniform(generator)));
+  return values;
+}
+
+// Device memory full of NaN, so that what is read before it is written shows.
+static std::vector<double> workspace(int64_t bytes) {
+  return std::vector<double>(static_cast<size_t>(bytes / 8 + 1), NAN);
+}
+
+template <class S>
+struct Results {
+  std::vector<core::accumulation_t<S>> outer, gram, fused, row;
+  std::vector<S> wgrad;
+
+  explicit Results(int64_t B, int64_t elements)
+      : outer(static_cast<size_t>(B), NAN),
+        gram(outer),
+        fused(outer),
+        row(outer),
+        wgrad(static_cast<size_t>(elements)) {}
+
+  std::vector<double> all() const {
+    std::vector<double> values;
+    for (const auto* norms : {&outer, &gram, &fused, &row}) values.insert(values.end(), norms->begin(), norms->end());
+    for (const S& value : wgrad) values.push_back(core::to_accumulation(value));
+    return values;
+  }
+};
+
+template <class S>
+static void test(int64_t B, int64_t T, int64_t p, int64_t d, bool weighted) {
+  using A = core::accumulation_t<S>;
+  const int64_t pad = 3;
+  const std::vector<S> a = draw<S>(B * T * (p + pad), 1), b = draw<S>(B * T * (d + pad), 2);
+  const std::vector<A> weights = draw<A>(B, 3);
+  const A* c = weighted ? weights.data() : nullptr;
+  const core::Operands o{a.data(), b.data(), kDType<S>, B, T, p, d, T * (p + pad), p + pad, T * (d + pad), d + pad};
+  const core::Rows rows{a.data(), kDType<S>, B, T * p, T * (p + pad)};
+
+  Results<S> truth(B, d * p);
+  const cpu::Capability capability = cpu::capability();
+  cpu::outer_sqnorm(o, truth.outer.data(), cpu::serial(), capability);
+  cpu::gram_sqnorm(o, truth.gram.data(), cpu::serial(), capability);
+  cpu::wgrad_sqnorm(o, c, truth.wgrad.data(), truth.fused.data(), cpu::serial(), capability);
+  cpu::row_sqnorm(rows, truth.row.data(), cpu::serial(), capability);
+
+  std::vector<double> first;
+  struct Way {
+    emulation::Order order;
+    int64_t max_blocks;
+  };
+  for (const Way& way : {Way{emulation::Order::kForwards, INT64_MAX}, Way{emulation::Order::kBackwards, 2},
+                         Way{emulation::Order::kShuffled, INT64_MAX}}) {
+    emulation::order = way.order;
+    emulation::max_blocks = way.max_blocks;
+    Results<S> got(B, d * p);
+    EXPECT(cuda::launch_outer_sqnorm(o, got.outer.data(), workspace(cuda::outer_sqnorm_workspace(o)).data(), nullptr) ==
+           cudaSuccess);
+    EXPECT(cuda::launch_gram_sqnorm(o, got.gram.data(), workspace(cuda::gram_sqnorm_workspace(o)).data(), nullptr) ==
+           cudaSuccess);
+    EXPECT(cuda::launch_wgrad_sqnorm(o, c, got.wgrad.data(), got.fused.data(),
+                                     workspace(cuda::wgrad_sqnorm_workspace(o)).data(), nullptr) == cudaSuccess);
+    EXPECT(cuda::launch_row_sqnorm(rows, got.row.data(), workspace(cuda::row_sqnorm_workspace(rows)).data(), nullptr) ==
+           cudaSuccess);
+    const std::vector<double> values = got.all(), truths = truth.all();
+    double scale = 1e-30;
+    for (size_t i = 4 * static_cast<size_t>(B); i < truths.size(); ++i) scale = std::fmax(scale, std::fabs(truths[i]));
+    for (size_t i = 0; i < values.size(); ++i) {
+      const bool norm = i < 4 * static_cast<size_t>(B);
+      const double tolerance = norm ? (sizeof(A) == 8 ? 1e-12 : 2e-5) * std::fabs(truths[i])
+                                    : (sizeof(S) == 8   ? 1e-13
+                                       : sizeof(S) == 4 ? 1e-5
+                                                        : 1e-2) *
+                                          scale;
+      EXPECT(std::fabs(values[i] - truths[i]) <= tolerance, "(%ld, %ld, %ld, %ld) element %zu: %g, not %g", B, T, p, d,
+             i, values[i], truths[i]);
+    }
+    if (first.empty()) first = values;
+    EXPECT(first == values, "(%ld, %ld, %ld, %ld): the order of threads or the number of blocks shows", B, T, p, d);
+    if (failures > 20) return;
+  }
+}
+
+// An infinity in the corner of one sample, next to the padding: that sample's norm is infinite, not NaN, and no other
+// knows.
+static void test_infinity() {
+  const int64_t B = 3, T = 5, p = 70, d = 66;
+  std::vector<float> a = draw<float>(B * T * p, 1), b = draw<float>(B * T * d, 2);
+  for (float& value : b) value = std::fabs(value) + 0.5f;  // inf * b is inf
+  a[static_cast<size_t>(2 * T * p - 1)] = INFINITY;        // the last feature of the last position of sample 1
+  const core::Operands o{a.data(), b.data(), core::DType::kFloat32, B, T, p, d, T * p, p, T * d, d};
+  std::vector<float> outer(3), fused(3), wgrad(static_cast<size_t>(d * p));
+  EXPECT(cuda::launch_outer_sqnorm(o, outer.data(), workspace(cuda::outer_sqnorm_workspace(o)).data(), nullptr) ==
+         cudaSuccess);
+  EXPECT(cuda::launch_wgrad_sqnorm(o, nullptr, wgrad.data(), fused.data(),
+                                   workspace(cuda::wgrad_sqnorm_workspace(o)).data(), nullptr) == cudaSuccess);
+  for (const std::vector<float>& norms : {outer, fused}) {
+    EXPECT(std::isinf(norms[1]), "%g", norms[1]);
+    EXPECT(std::isfinite(norms[0]) && std::isfinite(norms[2]));
+  }
+}
+
+int main() {
+  test_infinity();
+  const int64_t shapes[][4] = {{0, 3, 4, 5},    {2, 0, 4, 5},    {2, 3, 0, 5},    {2, 3, 4, 0},
+                               {1, 1, 1, 1},    {2, 17, 65, 70}, {1, 64, 64, 64}, {2, 130, 5, 9},
+                               {1, 300, 3, 66}, {70, 2, 3, 4},   {26, 40, 7, 70}};
+  for (const auto& shape : shapes) {
+    test<float>(shape[0], shape[1], shape[2], shape[3], true);
+    test<double>(shape[0], shape[1], shape[2], shape[3], false);
+  }
+  test<core::BFloat16>(3, 20, 33, 66, true);
+  test<core::Float16>(3, 20, 33, 66, false);
+  test<float>(2, 1, 9000, 1, true);  // more than one piece of a row
+  test<float>(9, 1, 9, 1, true);     // more rows than blocks, in one of the three ways
+  return failures;
+}

@@ -1,0 +1,28 @@
+// Without a driver a launcher returns CUDA's error, and nothing else happens. With one, the Python tests run on the
+// device.
+#include <cstdio>
+#include <vector>
+
+#include "../core/expect.h"
+#include "cuda/gram_sqnorm.h"
+#include "cuda/outer_sqnorm.h"
+#include "cuda/row_sqnorm.h"
+#include "cuda/wgrad_sqnorm.h"
+
+using namespace ghostgrad;
+
+int main() {
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0) {
+    std::printf("there is a device: nothing to test here\n");
+    return 0;
+  }
+  std::vector<double> memory(64);
+  const core::Operands o{memory.data(), memory.data(), core::DType::kFloat32, 1, 2, 3, 4, 6, 3, 8, 4};
+  const core::Rows rows{memory.data(), core::DType::kFloat32, 1, 2, 2};
+  EXPECT(cuda::launch_outer_sqnorm(o, memory.data(), memory.data(), nullptr) != cudaSuccess);
+  EXPECT(cuda::launch_gram_sqnorm(o, memory.data(), memory.data(), nullptr) != cudaSuccess);
+  EXPECT(cuda::launch_wgrad_sqnorm(o, nullptr, memory.data(), memory.data(), memory.data(), nullptr) != cudaSuccess);
+  EXPECT(cuda::launch_row_sqnorm(rows, memory.data(), memory.data(), nullptr) != cudaSuccess);
+  return failures;
+}

@@ -1,0 +1,509 @@
+"""Each op five ways: against its reference, by gradcheck, by opcheck, by its properties, and on the empty, the one, the odd and the non-contiguous.
+
+"Against its reference" means an honest tolerance: the error against long double is at most twice the error that the reference itself makes in the
+op's dtype on the same inputs, plus four units of rounding (with a handful of terms either error is luck). There is no tolerance to tune.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ghostgrad import _C, ops, reference
+from ghostgrad.reference import accumulation_dtype
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() and _C.with_cuda else ["cpu"]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+NORMS = ["outer_sqnorm", "gram_sqnorm", "sqnorm"]
+WGRADS = ["wgrad_sqnorm", "wgrad_and_sqnorm"]
+# (B, T, p, d). The comments name what would go wrong unseen without the line.
+SHAPES = [
+    (1, 1, 1, 1),
+    (3, 1, 17, 5),  # T = 1, the rank-one formula
+    (2, 2, 1, 40),  # one column
+    (2, 3, 40, 1),  # one row
+    (3, 5, 31, 11),  # one less than a register block of AVX-512 (32 x 12) either way
+    (3, 5, 32, 12),  # exactly one
+    (3, 5, 33, 13),  # one more
+    (2, 16, 7, 9),  # exactly one strip of positions
+    (2, 17, 70, 66),  # one position more; a CUDA tile (64) and a rest
+    (2, 65, 8, 9),  # several strips, an odd number of them
+    (1, 256, 9, 10),  # exactly as many positions as are summed in one go
+    (2, 257, 9, 10),  # one more
+    (1, 1030, 5, 6),  # several times as many, and a rest
+    (1, 3, 300, 270),  # several tiles of the weight gradient (256), with a rest
+    (2, 4, 520, 7),
+    (1100, 2, 3, 4),  # so many samples that their weighted sum moves on to float64
+]
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+
+
+def operands(B: int, T: int, p: int, d: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor]:
+    return draw((B, T, p), dtype, device, 2 * seed), draw((B, T, d), dtype, device, 2 * seed + 1)
+
+
+def relative_error(value: Tensor, truth: np.ndarray) -> float:
+    """Largest relative error over samples for vectors, relative error in the Frobenius norm for matrices."""
+    assert tuple(value.shape) == truth.shape
+    if truth.size == 0:
+        return 0.0
+    difference = value.detach().cpu().to(torch.float64).numpy().astype(np.longdouble) - truth
+    if truth.ndim == 1:
+        return float(np.max(np.abs(difference) / np.maximum(np.abs(truth), np.finfo(np.float64).tiny)))
+    return float(np.sqrt((difference**2).sum()) / np.sqrt(np.maximum((truth**2).sum(), np.finfo(np.float64).tiny)))
+
+
+def assert_honest(value: Tensor, plain: Tensor, truth: np.ndarray) -> None:
+    """At most twice the error of plain PyTorch, plus four units of rounding of the result's dtype."""
+    error, allowed = relative_error(value, truth), 2 * relative_error(plain, truth) + 4 * torch.finfo(value.dtype).eps
+    assert error <= allowed, f"relative error {error:.3g}, plain PyTorch allows {allowed:.3g}"
+
+
+def true_per_sample(a: Tensor, b: Tensor) -> np.ndarray:
+    """``G_i`` in long double."""
+    wide_a, wide_b = (x.detach().cpu().to(torch.float64).numpy().astype(np.longdouble) for x in (a, b))
+    return np.einsum("btd,btp->bdp", wide_b, wide_a)
+
+
+def norms_of(op: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The op as a function from operands to squared norms."""
+    function = getattr(ops, op)
+    return function if op in NORMS else lambda a, b: function(a, b)[1]
+
+
+# --- against the reference ---
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("op", NORMS)
+def test_norm_is_the_references(op: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> None:
+    a, b = operands(*shape, dtype, device)
+    value = getattr(ops, op)(a, b)
+    plain = reference.gram_sqnorm(a, b) if op == "gram_sqnorm" else reference.outer_sqnorm(a, b)
+    assert value.dtype == accumulation_dtype(dtype)
+    assert_honest(value, plain, (true_per_sample(a, b) ** 2).sum((1, 2)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_wgrad_sqnorm_is_the_references(shape: tuple[int, int, int, int], dtype: torch.dtype, weighted: bool, device: str) -> None:
+    a, b = operands(*shape, dtype, device)
+    weights = draw((shape[0],), accumulation_dtype(dtype), device, seed=9) if weighted else None
+    wgrad, sqnorm = ops.wgrad_sqnorm(a, b, weights)
+    per_sample = true_per_sample(a, b)
+    factors = np.ones(shape[0]) if weights is None else weights.cpu().double().numpy()
+    plain_wgrad, plain_sqnorm = reference.wgrad_sqnorm(a, b, weights)
+    assert wgrad.dtype == dtype
+    assert sqnorm.dtype == accumulation_dtype(dtype)
+    assert_honest(wgrad, plain_wgrad, np.einsum("b,bdp->dp", factors, per_sample))
+    assert_honest(sqnorm, plain_sqnorm, (per_sample**2).sum((1, 2)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_wgrad_and_sqnorm_is_the_references(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> None:
+    a, b = operands(*shape, dtype, device)
+    wgrad, sqnorm = ops.wgrad_and_sqnorm(a, b)
+    per_sample = true_per_sample(a, b)
+    plain_wgrad = b.flatten(0, 1).mT @ a.flatten(0, 1)
+    assert wgrad.dtype == dtype
+    assert sqnorm.dtype == accumulation_dtype(dtype)
+    assert_honest(wgrad, plain_wgrad, per_sample.sum(0))
+    assert_honest(sqnorm, reference.outer_sqnorm(a, b), (per_sample**2).sum((1, 2)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5,), (3, 1), (2, 63), (2, 64), (2, 65), (3, 7, 11), (2, 1025), (1, 32769), (2, 3, 5, 2731), (1, 2_000_000)], ids=str)
+def test_row_sqnorm_is_the_references(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    x = draw(shape, dtype, device)
+    truth = (x.cpu().double().numpy().astype(np.longdouble).reshape(shape[0], -1) ** 2).sum(1)
+    value = ops.row_sqnorm(x)
+    assert value.dtype == accumulation_dtype(dtype)
+    assert_honest(value, reference.row_sqnorm(x), truth)
+
+
+@pytest.mark.parametrize("op", [*NORMS, *WGRADS])
+def test_long_sums_of_one_sign_keep_their_digits(op: str) -> None:
+    # All products positive: the case in which adding one by one in float32 loses most.
+    a, b = torch.rand(1, 100_000, 2) + 0.5, torch.rand(1, 100_000, 3) + 0.5
+    if op == "gram_sqnorm":
+        a, b = a[:, :3000], b[:, :3000]
+    truth = (true_per_sample(a, b) ** 2).sum((1, 2))
+    assert relative_error(norms_of(op)(a, b), truth) < 4e-7
+
+
+# --- gradients ---
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("T", [1, 2, 7])
+@pytest.mark.parametrize("op", [*NORMS, *WGRADS])
+def test_gradients(op: str, T: int, device: str) -> None:
+    inputs = tuple(x.requires_grad_() for x in operands(3, T, 4, 5, torch.float64, device))
+    assert torch.autograd.gradcheck(getattr(ops, op), inputs)
+    assert torch.autograd.gradgradcheck(getattr(ops, op), inputs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("T", [1, 3, 7])
+def test_gradients_of_weights(T: int, device: str) -> None:
+    a, b = operands(3, T, 4, 5, torch.float64, device)
+    weights = draw((3,), torch.float64, device, seed=5)
+    inputs = tuple(x.requires_grad_() for x in (a, b, weights))
+    assert torch.autograd.gradcheck(ops.wgrad_sqnorm, inputs)
+    assert torch.autograd.gradgradcheck(ops.wgrad_sqnorm, inputs)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 4), (2, 3, 2)], ids=str)
+def test_gradients_of_rows(shape: tuple[int, ...]) -> None:
+    x = draw(shape, torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(ops.row_sqnorm, (x,))
+    assert torch.autograd.gradgradcheck(ops.row_sqnorm, (x,))
+
+
+@pytest.mark.parametrize("T", [1, 2, 6])
+@pytest.mark.parametrize("op", NORMS)
+def test_third_derivatives_are_the_references(op: str, T: int) -> None:
+    a, b = (x.requires_grad_() for x in operands(2, T, 3, 4, torch.float64))
+
+    def third(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
+        value = (function(a, b) ** 2).sum()
+        for _ in range(2):
+            grads = torch.autograd.grad(value, (a, b), create_graph=True)
+            value = sum((grad**2).sum() for grad in grads)
+        return torch.autograd.grad(value, (a, b))
+
+    for value, truth in zip(third(getattr(ops, op)), third(reference.outer_sqnorm), strict=True):
+        torch.testing.assert_close(value, truth, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("used", ["wgrad", "sqnorm", "both"])
+@pytest.mark.parametrize("wanted", ["a", "b", "weights", "all"])
+def test_partial_gradients_are_the_references(used: str, wanted: str, dtype: torch.dtype) -> None:
+    # Unused outputs and inputs that need no gradient take other paths through the formula than gradcheck does.
+    def grads(function: Callable[..., tuple[Tensor, Tensor]]) -> list[Tensor | None]:
+        a, b = operands(3, 4, 6, 5, dtype)
+        inputs = {"a": a, "b": b, "weights": draw((3,), torch.float32, seed=5)}
+        chosen = list(inputs) if wanted == "all" else [wanted]
+        for name in chosen:
+            inputs[name].requires_grad_()
+        wgrad, sqnorm = function(*inputs.values())
+        total = (wgrad.float() ** 2).sum() * (used != "sqnorm") if used != "sqnorm" else 0
+        total = total + ((sqnorm**2).sum() if used != "wgrad" else 0)
+        if not total.requires_grad:
+            return []
+        return list(torch.autograd.grad(total, [inputs[name] for name in chosen], allow_unused=True))
+
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    if used == "sqnorm" and wanted == "weights":
+        return  # the norms do not depend on the weights
+    for value, truth in zip(grads(ops.wgrad_sqnorm), grads(reference.wgrad_sqnorm), strict=True):
+        if truth is None:
+            assert value is None
+        else:
+            torch.testing.assert_close(value, truth, rtol=tolerance, atol=tolerance * float(truth.abs().max()))
+
+
+# --- the registration ---
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 1, 4, 5), (2, 3, 4, 5), (2, 9, 4, 3), (0, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize("op", [*NORMS, *WGRADS, "row_sqnorm", "weights"])
+def test_opcheck(op: str, shape: tuple[int, int, int, int], dtype: torch.dtype, requires_grad: bool, device: str) -> None:
+    a, b = operands(*shape, dtype, device)
+    arguments = [a] if op == "row_sqnorm" else [a, b]
+    if op == "weights":
+        op, arguments = "wgrad_sqnorm", [a, b, torch.rand(shape[0], device=device)]
+    torch.library.opcheck(getattr(torch.ops.ghostgrad, op).default, tuple(x.requires_grad_(requires_grad) for x in arguments))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_without_graph_breaks(dynamic: bool | None) -> None:
+    def step(a: Tensor, b: Tensor) -> Tensor:
+        wgrad, sqnorm = ops.wgrad_and_sqnorm(a, b)
+        return wgrad.sum() + sqnorm.sum() + ops.sqnorm(a, b).sum() + ops.row_sqnorm(a).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for B, T in [(4, 3), (3, 3), (2, 9)]:
+        grads = []
+        for function in (compiled, step):
+            a, b = (x.requires_grad_() for x in operands(B, T, 4, 5, torch.float32))
+            function(a, b).backward()
+            grads.append((a.grad, b.grad))
+        torch.testing.assert_close(grads[0], grads[1])
+    torch._dynamo.reset()
+
+
+# --- properties ---
+
+
+@pytest.mark.parametrize("op", [*NORMS, *WGRADS])
+def test_permuting_the_batch_permutes_the_norms(op: str) -> None:
+    a, b = operands(7, 5, 40, 30, torch.float32)
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(norms_of(op)(a, b)[order], norms_of(op)(a[order], b[order]))
+
+
+@pytest.mark.parametrize("op", [*NORMS, *WGRADS])
+def test_scaling_by_a_power_of_two_scales_by_its_square(op: str) -> None:
+    a, b = operands(3, 9, 40, 30, torch.float32)
+    assert torch.equal(norms_of(op)(a, 8 * b), 64 * norms_of(op)(a, b))
+
+
+@pytest.mark.parametrize("op", [*NORMS, *WGRADS])
+def test_splitting_positions_into_features_leaves_the_parallelogram(op: str) -> None:
+    # ||G + H||^2 + ||G - H||^2 = 2 ||G||^2 + 2 ||H||^2 with G and H the parts of either half of the positions.
+    a, b = operands(3, 12, 20, 10, torch.float64)
+    first, second = (a[:, :6], b[:, :6]), (a[:, 6:], b[:, 6:])
+    norms = norms_of(op)
+    together = norms(a, b) + norms(a, torch.cat([b[:, :6], -b[:, 6:]], 1))
+    torch.testing.assert_close(together, 2 * norms(*first) + 2 * norms(*second), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("op", [*NORMS, *WGRADS])
+def test_one_position_is_rank_one(op: str) -> None:
+    a, b = operands(4, 1, 50, 70, torch.float64)
+    torch.testing.assert_close(norms_of(op)(a, b), ops.row_sqnorm(a) * ops.row_sqnorm(b), rtol=1e-13, atol=0)
+
+
+def test_weights_of_one_change_nothing() -> None:
+    a, b = operands(5, 6, 40, 30, torch.float32)
+    for value, truth in zip(ops.wgrad_sqnorm(a, b, torch.ones(5)), ops.wgrad_sqnorm(a, b), strict=True):
+        assert torch.equal(value, truth)
+
+
+# --- the empty, the one, the odd, the non-contiguous ---
+
+
+def layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The same values, laid out in memory in several ways."""
+    yield "contiguous", x
+    yield "last dimension strided", x.mT.contiguous().mT
+    wide = torch.full((*x.shape[:-1], x.shape[-1] + 3), float("nan"), dtype=x.dtype)
+    wide[..., 1 : 1 + x.shape[-1]] = x
+    yield "cut from wider rows", wide[..., 1 : 1 + x.shape[-1]]
+    yield "positions first", x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    B=st.integers(0, 5),
+    T=st.one_of(st.integers(0, 20), st.sampled_from([255, 257])),
+    p=st.integers(0, 70),
+    d=st.integers(0, 70),
+    a_layout=st.integers(0, 3),
+    b_layout=st.integers(0, 3),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 3),
+)
+def test_any_shape_and_layout(B: int, T: int, p: int, d: int, a_layout: int, b_layout: int, dtype: torch.dtype, seed: int) -> None:
+    a, b = operands(B, T, p, d, dtype, seed=seed)
+    per_sample = true_per_sample(a, b)
+    truth = (per_sample**2).sum((1, 2))
+    weights = draw((B,), accumulation_dtype(dtype), seed=77)
+    plain_wgrad, plain_sqnorm = reference.wgrad_sqnorm(a, b, weights)
+    plain_gram = reference.gram_sqnorm(a, b)
+    laid_a, laid_b = list(layouts(a))[a_layout][1], list(layouts(b))[b_layout][1]
+    assert_honest(ops.outer_sqnorm(laid_a, laid_b), plain_sqnorm, truth)
+    assert_honest(ops.gram_sqnorm(laid_a, laid_b), plain_gram, truth)
+    assert_honest(ops.sqnorm(laid_a, laid_b), plain_sqnorm if T > 1 else plain_gram, truth)
+    wgrad, sqnorm = ops.wgrad_sqnorm(laid_a, laid_b, weights)
+    assert_honest(wgrad, plain_wgrad, np.einsum("b,bdp->dp", weights.double().numpy(), per_sample))
+    assert_honest(sqnorm, plain_sqnorm, truth)
+    wgrad, sqnorm = ops.wgrad_and_sqnorm(laid_a, laid_b)
+    assert_honest(wgrad, b.flatten(0, 1).mT @ a.flatten(0, 1), per_sample.sum(0))
+    assert_honest(ops.row_sqnorm(laid_a), reference.row_sqnorm(a), (a.double().numpy().astype(np.longdouble) ** 2).sum((1, 2)))
+
+
+@pytest.mark.parametrize("op", [*NORMS, *WGRADS])
+def test_expanded_operands(op: str) -> None:
+    a, b = draw((1, 1, 6), torch.float64).expand(3, 4, 6), draw((3, 1, 5), torch.float64).expand(3, 4, 5)
+    torch.testing.assert_close(norms_of(op)(a, b), reference.outer_sqnorm(a, b), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0), (0, 0, 0, 0)], ids=str)
+@pytest.mark.parametrize("op", [*NORMS, *WGRADS])
+def test_nothing_is_zero(op: str, shape: tuple[int, int, int, int]) -> None:
+    B, _, p, d = shape
+    result = getattr(ops, op)(*operands(*shape, torch.float32))
+    norms = result if op in NORMS else result[1]
+    assert torch.equal(norms, torch.zeros(B))
+    if op in WGRADS:
+        assert torch.equal(result[0], torch.zeros(d, p))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("shape", [(4, 5, 33, 13), (4, 20, 8, 9), (4, 1, 5, 6)], ids=str)
+@pytest.mark.parametrize("op", [*NORMS, *WGRADS])
+def test_nan_and_inf_stay_with_their_sample(op: str, shape: tuple[int, int, int, int], bad: float) -> None:
+    a, b = operands(*shape, torch.float32)
+    clean = norms_of(op)(a, b)
+    a[1, -1, -1] = bad  # the corner, where padding is next door
+    b[2, 0, -1] = bad
+    dirty = norms_of(op)(a, b)
+    assert torch.equal(dirty[[0, 3]], clean[[0, 3]])
+    if bad != bad or op in ("gram_sqnorm", "sqnorm", "wgrad_and_sqnorm"):
+        assert not dirty[[1, 2]].isfinite().any()
+    else:  # what plain PyTorch gives: inf where no product is undefined
+        assert torch.equal(dirty[[1, 2]], reference.outer_sqnorm(a, b)[[1, 2]])
+
+
+def test_row_sqnorm_of_any_layout() -> None:
+    x = draw((4, 6, 5), torch.float64)
+    truth = reference.row_sqnorm(x)
+    for name, laid in layouts(x):
+        torch.testing.assert_close(ops.row_sqnorm(laid), truth, rtol=1e-14, atol=0, msg=name)
+    torch.testing.assert_close(ops.row_sqnorm(x[::2]), truth[::2], rtol=1e-14, atol=0)
+    assert torch.equal(ops.row_sqnorm(torch.empty(0, 3)), torch.zeros(0))
+    assert torch.equal(ops.row_sqnorm(torch.empty(3, 0)), torch.zeros(3))
+
+
+# --- same inputs, same bits ---
+
+
+@pytest.fixture
+def _keep_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_keep_threads")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 33, 40, 50), (60, 40, 70, 64), (2, 300, 300, 280)], ids=str)
+@pytest.mark.parametrize("op", [*NORMS, "wgrad_sqnorm", "row_sqnorm"])
+def test_bits_do_not_depend_on_threads(op: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    a, b = operands(*shape, dtype)
+    results = []
+    for threads in (1, 2, 3, 5, 1):
+        torch.set_num_threads(threads)
+        result = ops.row_sqnorm(a) if op == "row_sqnorm" else getattr(ops, op)(a, b)
+        results.append(result if isinstance(result, tuple) else (result,))
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("capability", ["portable", "avx2"])
+def test_lesser_instruction_sets_agree(capability: str) -> None:
+    code = (
+        "import torch; from ghostgrad import _C, ops, reference as r\n"
+        f"assert _C.cpu_capability() in ('portable', {capability!r})\n"
+        "torch.manual_seed(0); a, b, c = torch.randn(3, 21, 45), torch.randn(3, 21, 33), torch.rand(3)\n"
+        "for x, y in zip((ops.outer_sqnorm(a, b), ops.gram_sqnorm(a, b), ops.row_sqnorm(a), *ops.wgrad_sqnorm(a, b, c)),\n"
+        "                (r.outer_sqnorm(a, b), r.gram_sqnorm(a, b), r.row_sqnorm(a), *r.wgrad_sqnorm(a, b, c))):\n"
+        "    torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "GHOSTGRAD_CPU_CAPABILITY": capability})
+
+
+# --- memory ---
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to measure peak memory")
+def test_wgrad_sqnorm_needs_few_megabytes() -> None:
+    # In a process of its own. The system's high-water mark of resident memory is reset after everything else is in place: what it shows then is the op.
+    code = """
+import ctypes
+
+import torch
+from ghostgrad import ops
+
+def status(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key)) / 1024
+
+torch.set_num_threads(2)
+a, b = torch.randn(64, 256, 1024), torch.randn(64, 256, 1024)
+ops.wgrad_sqnorm(a[:2, :2, :8], b[:2, :2, :8])
+ctypes.CDLL(None).malloc_trim(0)  # memory that is free but still resident would hide what the op takes
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")
+before = status("VmRSS")
+wgrad, sqnorm = ops.wgrad_sqnorm(a, b)
+print(status("VmHWM") - before - wgrad.numel() * wgrad.element_size() / 2**20)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert float(done.stdout) < 2 * 4, f"{float(done.stdout):.1f} MiB beside inputs and outputs, on two threads"
+
+
+# --- errors ---
+
+
+def test_errors_name_op_argument_rule_and_value() -> None:
+    a, b = operands(2, 3, 4, 5, torch.float32)
+    for op in (*NORMS, *WGRADS):
+        function = getattr(ops, op)
+        with pytest.raises(ValueError, match=rf"{op}: a must be \(B, T, p\), got \(2, 4\)"):
+            function(a[:, 0], b)
+        with pytest.raises(ValueError, match=rf"{op}: b must be \(B, T, d\), got \(2, 5\)"):
+            function(a, b[:, 0])
+        with pytest.raises(ValueError, match=rf"{op}: a and b must agree in batch and positions, got \(2, 3, 4\) and \(2, 2, 5\)"):
+            function(a, b[:, :2])
+        with pytest.raises(ValueError, match=rf"{op}: a and b must agree in batch and positions, got \(1, 3, 4\) and \(2, 3, 5\)"):
+            function(a[:1], b)
+        with pytest.raises(TypeError, match=rf"{op}: a and b must have the same dtype, got torch.float32 and torch.float64$"):
+            function(a, b.double())
+        with pytest.raises(TypeError, match=rf"{op}: .* got torch.float32 and torch.bfloat16\. Under autocast"):
+            function(a, b.bfloat16())
+        with pytest.raises(TypeError, match=rf"{op}: a must be float32, .* got torch.int64"):
+            function(a.long(), b)
+        with pytest.raises(ValueError, match=rf"{op}: a and b must be on the same device, got cpu and meta"):
+            function(a, b.to("meta"))
+    with pytest.raises(ValueError, match=r"wgrad_sqnorm: weights must be \(B,\) with B = 2, got \(3,\)"):
+        ops.wgrad_sqnorm(a, b, torch.ones(3))
+    with pytest.raises(ValueError, match="row_sqnorm: x must have a batch dimension"):
+        ops.row_sqnorm(torch.tensor(1.0))
+    with pytest.raises(TypeError, match="row_sqnorm: x must be float32"):
+        ops.row_sqnorm(torch.zeros(2, 2, dtype=torch.complex64))
+
+
+def test_the_bindings_check_again() -> None:
+    a, b = operands(2, 3, 4, 5, torch.float32)
+    raw = torch.ops.ghostgrad
+    for op in (*NORMS, *WGRADS):
+        function = getattr(raw, op)
+        with pytest.raises(RuntimeError, match=rf"{op}: a and b must agree in batch and positions, got \(2, 3, 4\) and \(2, 2, 5\)"):
+            function(a, b[:, :2])
+        with pytest.raises(RuntimeError, match=rf"{op}: a must be \(B, T, p\), got \(4,\)"):
+            function(a[0, 0], b)
+    for op in ("outer_sqnorm", "gram_sqnorm", "wgrad_sqnorm"):
+        with pytest.raises(RuntimeError, match=f"{op}: a and b must have the same dtype"):
+            getattr(raw, op)(a, b.double())
+        with pytest.raises(RuntimeError, match=f"{op}: a must be float32"):
+            getattr(raw, op)(a.int(), b.int())
+    with pytest.raises(RuntimeError, match="wgrad_sqnorm: weights must have the accumulation dtype"):
+        raw.wgrad_sqnorm(a, b, torch.ones(2, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match=r"wgrad_sqnorm: weights must be \(B,\) with B = 2, got \(3,\)"):
+        raw.wgrad_sqnorm(a, b, torch.ones(3))
+    with pytest.raises(RuntimeError, match="row_sqnorm: x must have a batch dimension"):
+        raw.row_sqnorm(torch.tensor(1.0))
+
+
+@pytest.mark.skipif(_C.with_cuda, reason="this build has CUDA kernels")
+def test_a_build_without_cuda_says_so() -> None:
+    with pytest.raises(RuntimeError, match=r"sqnorm: a is on cuda:0, but this build of ghostgrad has no CUDA kernels.*pip install --no-build-isolation"):
+        ops._check_device("sqnorm", "a", torch.device("cuda:0"))
