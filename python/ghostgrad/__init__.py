@@ -1,0 +1,33 @@
+"""Per-sample squared gradient norms and Hessian traces of any PyTorch model, at the price of the backward pass that runs anyway.
+
+>>> import torch, ghostgrad as gg
+>>> model = torch.nn.Linear(3, 2)
+>>> x, y = torch.randn(8, 3), torch.randint(2, (8,))
+>>> gg.sqnorms(model, torch.nn.functional.cross_entropy, x, y).shape
+torch.Size([8])
+"""
+
+import torch as torch  # its libraries must be loaded before the extension's
+
+from . import _C as _C
+from . import layers as layers
+from . import ops as ops
+from . import reference as reference
+from . import rules as rules
+from .contributions import Contribution as Contribution
+from .contributions import Full as Full
+from .contributions import Outer as Outer
+from .contributions import Rows as Rows
+from .errors import BatchCouplingError as BatchCouplingError
+from .errors import GhostgradError as GhostgradError
+from .errors import TapStateError as TapStateError
+from .errors import UnsupportedUseError as UnsupportedUseError
+from .norms import check as check
+from .norms import output_sqnorms as output_sqnorms
+from .norms import sqnorms as sqnorms
+from .rules import register_rule as register_rule
+from .tap import Tap as Tap
+from .tap import declare_samples as declare_samples
+from .tap import tap as tap
+
+__version__ = "0.1.0"

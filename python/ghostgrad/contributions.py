@@ -1,0 +1,253 @@
+"""Contributions: how one use of a parameter gives its per-sample gradients, without forming them where that can be helped.
+
+A contribution stands for B gradients ``g_i`` of one tensor's shape. It can give their sum (the ordinary gradient), their squared norms, and as a last resort
+the gradients themselves. Those of one ``form`` can be joined: the uses of a parameter are added before anything is squared.
+All arithmetic here is made of differentiable operations.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+__all__ = ["Contribution", "Full", "Gathered", "Outer", "Patches", "Rows", "inner"]
+
+_CHUNK = 1 << 21  # elements of unfolded patches that are formed at a time
+
+
+class Contribution(ABC):
+    """The per-sample gradients of one tensor, from one use of it or several joined ones."""
+
+    @property
+    @abstractmethod
+    def batch_size(self) -> int: ...
+
+    @abstractmethod
+    def total(self) -> Tensor:
+        """``sum_i g_i``, of the tensor's shape."""
+
+    @abstractmethod
+    def materialise(self) -> Tensor:
+        """``g_i`` themselves, (B, *shape)."""
+
+    @abstractmethod
+    def sqnorm(self) -> Tensor:
+        """``||g_i||^2``, (B,)."""
+
+    def total_and_sqnorm(self) -> tuple[Tensor, Tensor]:
+        return self.total(), self.sqnorm()
+
+    def form(self) -> Any:
+        """Contributions of equal forms can be joined."""
+        return type(self)
+
+    def join(self, others: Sequence[Any]) -> Contribution:
+        """The sum of this contribution and others of its form."""
+        return Full(sum((other.materialise() for other in others), self.materialise()))
+
+
+@dataclass
+class Outer(Contribution):
+    """``G_i = b_i^T a_i`` (d, p), not formed; with ``groups`` dimensions after the batch, one such product for each group: (*groups, d, p)."""
+
+    a: Tensor  # (B, *groups, T, p)
+    b: Tensor  # (B, *groups, T, d)
+
+    @property
+    def batch_size(self) -> int:
+        return self.a.shape[0]
+
+    def total(self) -> Tensor:
+        if self.a.dim() == 3:
+            return self.b.flatten(0, 1).mT @ self.a.flatten(0, 1)
+        a, b = (t.movedim(0, -3).flatten(-3, -2) for t in (self.a, self.b))  # (*groups, B * T, .)
+        return b.mT @ a
+
+    def materialise(self) -> Tensor:
+        return self.b.mT @ self.a
+
+    def sqnorm(self) -> Tensor:
+        if self.a.dim() == 3:
+            return ops.sqnorm(self.a, self.b)
+        groups = self.a.shape[:-2]
+        return ops.sqnorm(self.a.flatten(0, -3), self.b.flatten(0, -3)).view(groups).flatten(1).sum(1)
+
+    def total_and_sqnorm(self) -> tuple[Tensor, Tensor]:
+        return ops.wgrad_and_sqnorm(self.a, self.b) if self.a.dim() == 3 else super().total_and_sqnorm()
+
+    def form(self) -> Any:
+        return Outer, self.a.dtype, self.b.dtype, self.a.dim()
+
+    def join(self, others: Sequence[Outer]) -> Outer:
+        return Outer(torch.cat([self.a, *(o.a for o in others)], -2), torch.cat([self.b, *(o.b for o in others)], -2))
+
+
+@dataclass
+class Full(Contribution):
+    """Per-sample gradients that are there."""
+
+    g: Tensor  # (B, *shape)
+
+    @property
+    def batch_size(self) -> int:
+        return self.g.shape[0]
+
+    def total(self) -> Tensor:
+        return self.g.sum(0)
+
+    def materialise(self) -> Tensor:
+        return self.g
+
+    def sqnorm(self) -> Tensor:
+        return ops.row_sqnorm(self.g)
+
+
+@dataclass
+class Rows(Contribution):
+    """The tensor has one row per sample along ``dim``, and sample i touches row i alone: ``g`` holds the rows' gradients."""
+
+    g: Tensor  # (*shape), with shape[dim] = B
+    dim: int
+
+    @property
+    def batch_size(self) -> int:
+        return self.g.shape[self.dim]
+
+    def total(self) -> Tensor:
+        return self.g
+
+    def materialise(self) -> Tensor:
+        rows = self.g.movedim(self.dim, -1)  # (*rest, B)
+        return torch.diag_embed(rows).movedim(-1, 0).movedim(-1, self.dim + 1)
+
+    def sqnorm(self) -> Tensor:
+        return ops.row_sqnorm(self.g.movedim(self.dim, 0))
+
+    def form(self) -> Any:
+        return Rows, self.dim
+
+    def join(self, others: Sequence[Rows]) -> Rows:
+        return Rows(sum((o.g for o in others), self.g), self.dim)
+
+
+@dataclass
+class Gathered(Contribution):
+    """Rows of a table (V, d) picked by index: row ``index[i, t]`` of ``g_i`` gets ``b[i, t]``, equal indices add up. Negative indices get nothing."""
+
+    index: Tensor  # (B, T) integers
+    b: Tensor  # (B, T, d)
+    rows: int  # V
+    sparse: bool = False  # the ordinary gradient as a sparse tensor
+
+    @property
+    def batch_size(self) -> int:
+        return self.index.shape[0]
+
+    def _picked(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Sample, index and gradient of each pick that counts."""
+        sample = torch.arange(self.batch_size, device=self.index.device)[:, None].expand_as(self.index)
+        keep = self.index >= 0
+        return sample[keep], self.index[keep], self.b[keep]
+
+    def total(self) -> Tensor:
+        _, index, b = self._picked()
+        if self.sparse:
+            return torch.sparse_coo_tensor(index[None], b, (self.rows, self.b.shape[-1]))
+        return b.new_zeros(self.rows, self.b.shape[-1]).index_add(0, index, b)
+
+    def materialise(self) -> Tensor:
+        sample, index, b = self._picked()
+        flat = b.new_zeros(self.batch_size * self.rows, self.b.shape[-1]).index_add(0, sample * self.rows + index, b)
+        return flat.view(self.batch_size, self.rows, -1)
+
+    def sqnorm(self) -> Tensor:
+        sample, index, b = self._picked()
+        keys, inverse = torch.unique(sample * self.rows + index, return_inverse=True)
+        summed = b.new_zeros(len(keys), self.b.shape[-1]).index_add(0, inverse, b)  # equal tokens of a sample add before they are squared
+        squares = ops.row_sqnorm(summed)
+        return squares.new_zeros(self.batch_size).index_add(0, keys // max(self.rows, 1), squares)
+
+    def form(self) -> Any:
+        return Gathered, self.b.dtype, self.sparse
+
+    def join(self, others: Sequence[Gathered]) -> Gathered:
+        index, b = torch.cat([self.index, *(o.index for o in others)], 1), torch.cat([self.b, *(o.b for o in others)], 1)
+        return Gathered(index, b, self.rows, self.sparse)
+
+
+@dataclass
+class Patches(Contribution):
+    """The weight (d, c / groups, *kernel) of a convolution: ``g_i`` is the outer product of output gradients and input patches. Patches are formed for a few
+    samples at a time."""
+
+    x: Tensor  # (B, R, c, *size), padded; R runs of the convolution belong to each sample
+    b: Tensor  # (B, R, d, *out)
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @property
+    def batch_size(self) -> int:
+        return self.x.shape[0]
+
+    def _outer(self, start: int, stop: int) -> Outer:
+        """Samples ``start`` to ``stop`` as an outer product, (B, groups, R * positions, .)."""
+        x, b = self.x[start:stop], self.b[start:stop]
+        for i, (kernel, stride, dilation) in enumerate(zip(self.kernel, self.stride, self.dilation)):
+            size = b.shape[3 + i]
+            x = x.unfold(3 + i, dilation * (kernel - 1) + 1, stride).narrow(3 + i, 0, size)[..., ::dilation]  # (B, R, c, *out, *kernel)
+        dims = len(self.kernel)
+        x = x.unflatten(2, (self.groups, -1))  # (B, R, groups, c / groups, *out, *kernel)
+        x = x.permute(0, 2, 1, *range(4, 4 + dims), 3, *range(4 + dims, 4 + 2 * dims))  # (B, groups, R, *out, c / groups, *kernel)
+        b = b.unflatten(2, (self.groups, -1)).flatten(4).permute(0, 2, 1, 4, 3)  # (B, groups, R, positions, d / groups)
+        return Outer(x.flatten(3 + dims).flatten(2, 2 + dims), b.flatten(2, 3))
+
+    def _chunks(self) -> list[tuple[int, int]]:
+        per_sample = self.b[0, :, 0].numel() * self.x.shape[2] * math.prod(self.kernel) if self.batch_size else 1
+        step = max(1, _CHUNK // max(per_sample, 1))
+        return [(start, min(start + step, self.batch_size)) for start in range(0, self.batch_size, step)]
+
+    def _shape(self) -> tuple[int, ...]:
+        return self.b.shape[2], self.x.shape[2] // self.groups, *self.kernel
+
+    def total(self) -> Tensor:
+        x, b = self.x.flatten(0, 1), self.b.flatten(0, 1)
+        used = [d * (k - 1) + 1 + s * (n - 1) for d, k, s, n in zip(self.dilation, self.kernel, self.stride, b.shape[2:])]
+        for i, size in enumerate(used):
+            x = x.narrow(2 + i, 0, size)
+        weight, zeros = b.new_zeros(()).expand(self._shape()), [0] * len(self.kernel)
+        _, grad, _ = torch.ops.aten.convolution_backward(b, x, weight, None, self.stride, zeros, self.dilation, False, zeros, self.groups, (False, True, False))
+        return grad
+
+    def materialise(self) -> Tensor:
+        per_sample = [self._outer(start, stop).materialise().flatten(1, 2) for start, stop in self._chunks()]
+        return (torch.cat(per_sample) if per_sample else self.b.new_zeros(0)).view(self.batch_size, *self._shape())
+
+    def sqnorm(self) -> Tensor:
+        chunks = [self._outer(start, stop).sqnorm() for start, stop in self._chunks()]
+        return torch.cat(chunks) if chunks else self.b.new_zeros(0)
+
+    def form(self) -> Any:
+        return Patches, id(self)  # uses join by materialising
+
+
+def inner(x: Contribution, y: Contribution) -> Tensor | None:
+    """``<g_i, h_i>`` (B,) of two contributions of different forms, where that is cheap; else None."""
+    if isinstance(x, Outer) and isinstance(y, Gathered):
+        x, y = y, x
+    if isinstance(x, Gathered) and isinstance(y, Outer) and y.a.dim() == 3:
+        # <e_v g_t^T summed, b^T a> = sum_{s,t} b_s[v_t] <a_s, g_t>: a tied embedding and head
+        dtype = ops.accumulation_dtype(y.a.dtype)
+        index = x.index.clamp_min(0)[:, None, :].expand(-1, y.b.shape[1], -1)  # (B, S, T)
+        picked = torch.where(x.index[:, None, :] >= 0, y.b.gather(2, index), 0).to(dtype)
+        return (picked * (y.a.to(dtype) @ x.b.to(dtype).mT)).sum((1, 2))
+    return None

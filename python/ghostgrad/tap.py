@@ -1,0 +1,929 @@
+"""The tap: it watches a forward pass, attaches every use of a parameter, and turns the backward pass into per-sample squared gradient norms.
+
+How it works, in the order of events:
+
+1. ``with gg.tap(model)`` puts a ``TorchFunctionMode`` on torch's stack. Every torch function of the forward pass comes through :meth:`Tap.__torch_function__`.
+2. A parameter that turns up is replaced by the output of a :class:`_Collect` node, whose second input is the *tap*: a leaf vector of B zeros. The
+   parameter's uses are attached to it by rules (:mod:`ghostgrad.rules`). A function of parameters alone becomes a *derived* parameter: a view shares its
+   root's collector, anything else gets a collector of its own that pulls the per-sample gradients back.
+3. In backward, each use hands its *contribution* to the collector instead of a weight gradient. Autograd runs the collector when all uses are in:
+   there, uses are added before they are squared, and one pass gives both the weight gradient and the tap's gradient ``||g_i||^2``.
+
+So a collector that is handed a plain gradient has found a use that the tap did not see, and a parameter that receives a gradient from anywhere but its
+collector has been reached behind the tap's back: both are errors. Nothing is dropped silently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from . import ops, rules
+from .contributions import Contribution, Full, inner
+from .errors import TapStateError, UnsupportedUseError
+from .layout import ELEMENTWISE, FOLLOWED, PLAIN, AnyLayout, Layout, Mixed, propagate
+from .reference import accumulation_dtype
+from .rules import Call, writes_in_place
+
+__all__ = ["Tap", "declare_samples", "tap"]
+
+
+class _Active(threading.local):
+    def __init__(self) -> None:
+        self.taps: list[Tap] = []  # whose blocks are open in this thread, innermost last
+
+
+_ACTIVE = _Active()
+
+# Functions that look at a tensor without using its value in a differentiable way, or hand it out as an object: they get the original.
+_PASSIVE = frozenset(
+    "size dim ndimension stride storage_offset numel nelement element_size is_contiguous is_floating_point is_complex data_ptr storage untyped_storage "
+    "get_device __len__ __hash__ __repr__ __format__ __bool__ __deepcopy__ __reduce_ex__ __set__ requires_grad_ register_hook retain_grad backward grad item "
+    "register_post_accumulate_grad_hook tolist numpy __array__ is_set_to is_shared share_memory_ is_same_size is_nonzero allclose equal is_inference "
+    "result_type can_cast is_tensor is_storage _is_view has_names dim_order".split()
+)
+_TENSOR_PROPERTIES = frozenset(("T", "mT", "H", "mH", "real", "imag", "data"))
+_DETACHED = frozenset(("data", "detach", "detach_"))
+# The derived tensor holds the root's elements, each once, in the same shape.
+_COPIES = frozenset(("to", "type_as", "clone", "contiguous", "float", "double", "half", "bfloat16", "cuda", "cpu"))
+_OVERLAPPING = frozenset(("as_strided", "unfold"))
+_EXPANSIONS = frozenset(("expand", "expand_as", "broadcast_to"))
+
+
+def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors among the arguments of a call, one level of lists and tuples included."""
+    found = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [v for v in value if isinstance(v, Tensor)]
+        elif isinstance(value, dict):
+            found += [v for v in value.values() if isinstance(v, Tensor)]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Collectors
+
+
+class _View(NamedTuple):
+    """A tensor that shows elements of a collector's tensor, each at most once. Derivatives lead from ``tensor`` to ``root``."""
+
+    tensor: Tensor
+    root: Tensor
+
+
+_Pending = tuple[Contribution, _View | None]
+
+
+class _Pass:
+    """What one forward and backward through a tap leaves behind."""
+
+    def __init__(self, batch_size: int | None):
+        self.batch_size = batch_size
+        self.seen_input = False  # the tapped module has been called: what carries samples is known, not guessed
+        self.armed = True  # collectors collect; afterwards they let gradients through
+        self.leaves: dict[str, Tensor] = {}
+        self.nodes: dict[int, _LeafNode] = {}
+        self.derived_nodes: list[_DerivedNode] = []
+        self.recomputes = False  # a part of the forward may run again in backward (checkpointing)
+        self.recomputing = False  # it does so now
+        self.repeated: set[str] = set()  # parameters that more than one backward reached
+        self.bypassed: set[str] = set()
+        self.norms: dict[str, Tensor] | None = None
+
+    def close(self) -> None:
+        """Lets gradients through from now on, and frees what the graph would otherwise keep alive in a cycle."""
+        self.armed = False
+        for node in (*self.nodes.values(), *self.derived_nodes):
+            node.release()
+
+
+class _Node:
+    """Where the uses of one parameter (or of one derived parameter) meet. ``attached`` is the tensor that goes into the operations."""
+
+    parents: Sequence[tuple[Tensor, _Node, _View | None]] = ()
+
+    def __init__(self, owner: _Pass, name: str, source: Tensor, leaf: Tensor | None):
+        self.owner, self.name, self.dtype, self.shape = owner, name, source.dtype, source.shape
+        self.uses: dict[str, int] = {}  # operation -> how often, for reports
+        self._pending: dict[int, list[_Pending]] = {}  # by backward pass
+        self.attached: Tensor = _Collect.apply(self, source, leaf)
+
+    def collect(self) -> tuple[Tensor | None, Tensor | None]:
+        """Runs in backward when all uses are in: the gradients of ``source`` and of the tap."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        del self.attached
+        self._pending.clear()
+        self.parents = ()
+
+    def add(self, contribution: Contribution, view: _View | None) -> None:
+        """Takes the contribution of a use, of the node's tensor itself or of a view of it."""
+        self._pending.setdefault(torch._C._current_graph_task_id(), []).append((contribution, view))
+
+    def take(self) -> list[_Pending]:
+        taken = self._pending.pop(torch._C._current_graph_task_id(), [])
+        self._pending.clear()
+        return taken
+
+    def will_run(self) -> bool:
+        function = self.attached.grad_fn
+        return function is not None and torch._C._will_engine_execute_node(function)
+
+    def roots(self) -> set[_LeafNode]:
+        """The parameters' collectors that this one leads to."""
+        return set().union(*(node.roots() for _, node, _ in self.parents))
+
+
+def _pull_back(view: _View, grad: Tensor, batched: bool = False) -> Tensor:
+    """The vector-Jacobian product of a view, for one gradient or for a batch of them."""
+    (pulled,) = torch.autograd.grad(
+        view.tensor, view.root, grad.to(view.tensor.dtype), retain_graph=True, create_graph=torch.is_grad_enabled(), is_grads_batched=batched
+    )
+    return pulled
+
+
+def _merge(contributions: Sequence[_Pending]) -> list[_Pending]:
+    """One contribution for all uses of the same elements in the same form: outer products are concatenated along T, full ones added."""
+    alike: dict[Any, list[_Pending]] = {}
+    for c, view in contributions:
+        alike.setdefault((c.form(), None if view is None else _geometry(view.tensor)), []).append((c, view))
+    return [(uses[0][0] if len(uses) == 1 else uses[0][0].join([c for c, _ in uses[1:]]), uses[0][1]) for uses in alike.values()]
+
+
+def _total(contributions: Sequence[_Pending]) -> Tensor:
+    """The sum over samples and uses: the ordinary gradient."""
+    parts = [c.total() if view is None else _pull_back(view, c.total()) for c, view in contributions]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _materialise(contributions: Sequence[_Pending]) -> Tensor:
+    """The per-sample gradients themselves, (B, *shape), summed over the uses."""
+    parts = (c.materialise() if view is None else _pull_back(view, c.materialise(), batched=True) for c, view in contributions)
+    total = next(parts)
+    for part in parts:
+        total = total + part
+    return total
+
+
+class _Collect(torch.autograd.Function):
+    """The identity on a parameter; its backward is where the parameter's uses meet."""
+
+    @staticmethod
+    def forward(ctx: Any, node: _Node, source: Tensor, leaf: Tensor | None) -> Tensor:
+        ctx.node = node
+        ctx.set_materialize_grads(False)
+        return source.detach()  # an alias, not a view: the optimiser may step while the block is open
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, Tensor | None, Tensor | None]:
+        node: _Node = ctx.node
+        if not node.owner.armed:
+            return None, grad, None
+        if grad is not None:
+            raise UnsupportedUseError(
+                f"ghostgrad: parameter {node.name!r} received a gradient from a use that has no per-sample form: a term that is added to the loss of the "
+                "whole batch (weight decay, say), or a gradient penalty. Add the term to each sample's loss, or keep it out of the tapped block."
+            )
+        return None, *node.collect()
+
+
+class _LeafNode(_Node):
+    """The collector of a parameter in one tap: gives its gradient and the tap's. ``outer`` is its collector in the enclosing tap, if any."""
+
+    def __init__(self, owner: _Pass, name: str, source: Tensor, leaf: Tensor, admit: Callable[[int], None], want_grad: bool, outer: _LeafNode | None):
+        self.key, self.leaf, self.outer, self.want_grad, self.admit = id(source), leaf, outer, want_grad, admit
+        self.returned: tuple[int, int] | None = None  # identity of the gradient that was handed out
+        self.collected: int | None = None  # the backward pass that reached this parameter
+        super().__init__(owner, name, source if outer is None else outer.attached, leaf)
+
+    def roots(self) -> set[_LeafNode]:
+        return {self}
+
+    def collect(self) -> tuple[Tensor | None, Tensor | None]:
+        contributions = self.take()
+        if not contributions:
+            return None, None
+        task = torch._C._current_graph_task_id()
+        if self.collected not in (None, task):
+            self.owner.repeated.add(self.name)
+        self.collected = task
+        for c, _ in contributions:
+            if c.batch_size != self.leaf.shape[0]:
+                raise TapStateError(f"ghostgrad: parameter {self.name!r} was used with {c.batch_size} samples in a tap of batch size {self.leaf.shape[0]}")
+        want = self.want_grad
+        if want and self.outer is not None and self.outer.owner.armed:  # then the enclosing tap forms the gradient
+            want = False
+            if self.outer.will_run():
+                for c, view in contributions:
+                    self.outer.add(c, view)
+        contributions = _merge(contributions)
+        first, first_view = contributions[0]
+        grad: Tensor | None = None
+        if want and len(contributions) == 1 and first_view is None:
+            grad, sqnorm = first.total_and_sqnorm()
+        else:
+            sqnorm, grad = self._sqnorm(contributions), _total(contributions) if want else None
+        if grad is not None:
+            grad = grad.to(self.dtype)
+            self.returned = _identity(grad)
+        return grad, sqnorm.to(self.leaf)
+
+    def _sqnorm(self, contributions: Sequence[_Pending]) -> Tensor:
+        """Squared norms: uses of the same elements are added before they are squared, uses of disjoint elements may be squared apart."""
+        total: Tensor | None = None
+        for group in _overlapping_groups(contributions, self.attached):
+            cross = inner(group[0][0], group[1][0]) if len(group) == 2 and all(view is None for _, view in group) else None
+            if len(group) == 1:
+                part = group[0][0].sqnorm()
+            elif cross is not None:  # ||g + h||^2
+                part = group[0][0].sqnorm() + 2 * cross + group[1][0].sqnorm()
+            else:
+                self.admit(self.leaf.shape[0] * self.shape.numel() * self.dtype.itemsize)
+                part = ops.row_sqnorm(_materialise(group))
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+
+class _DerivedNode(_Node):
+    """The collector of a function of parameters: pulls the per-sample gradients back to what it was computed from, by one batched VJP."""
+
+    def __init__(self, owner: _Pass, name: str, source: Tensor, parents: Sequence[tuple[Tensor, _Node, _View | None]]):
+        super().__init__(owner, name, source, None)
+        self.source, self.parents = source, parents
+
+    def release(self) -> None:
+        super().release()
+        del self.source
+
+    def collect(self) -> tuple[None, None]:
+        contributions = self.take()
+        if contributions:
+            per_sample = _materialise(contributions).to(self.dtype)  # (B, *shape)
+            pulled = torch.autograd.grad(
+                self.source,
+                [tensor for tensor, _, _ in self.parents],
+                per_sample,
+                retain_graph=True,
+                create_graph=torch.is_grad_enabled(),
+                is_grads_batched=True,
+                allow_unused=True,
+            )
+            for grad, (_, node, view) in zip(pulled, self.parents):
+                if grad is not None:
+                    node.add(Full(grad), view)
+        return None, None
+
+
+def _box(view: _View, root: Tensor) -> list[tuple[int, int]] | None:
+    """The range of indices, per dimension of ``root``, that a view covers; None if that cannot be told (then it counts as everything)."""
+    t = view.tensor
+    if t.numel() == root.numel() or t.untyped_storage().data_ptr() != root.untyped_storage().data_ptr():
+        return None
+    strides = root.stride()
+    order = sorted((d for d in range(root.dim()) if root.size(d) > 1), key=lambda d: -strides[d])
+    offset, starts = int(t.storage_offset()) - int(root.storage_offset()), [0] * root.dim()
+    for d in order:
+        starts[d], offset = divmod(offset, root.stride(d))
+    ends = list(starts)
+    for size, stride in zip(t.size(), t.stride()):
+        if size <= 1:
+            continue
+        dim = next((d for d in order if root.stride(d) <= stride), None)
+        if dim is None or stride % root.stride(dim):
+            return None
+        ends[dim] += (size - 1) * (stride // root.stride(dim))
+        if ends[dim] >= root.size(dim):
+            return None
+    return None if offset else list(zip(starts, ends))
+
+
+def _overlapping_groups(contributions: Sequence[_Pending], root: Tensor) -> list[list[_Pending]]:
+    """Splits contributions into groups such that those of different groups touch disjoint elements of ``root``."""
+    if len(contributions) == 1 or any(view is None for _, view in contributions):
+        return [list(contributions)]
+    groups: list[tuple[list[Any], list[_Pending]]] = []  # the boxes of a group, and its members
+    for pending in contributions:
+        assert pending[1] is not None
+        box = _box(pending[1], root)
+        joined: tuple[list[Any], list[_Pending]] = ([box], [pending])
+        apart = []
+        for group in groups:
+            if any(box is None or other is None or all(a <= d and c <= b for (a, b), (c, d) in zip(box, other)) for other in group[0]):
+                joined = (group[0] + joined[0], group[1] + joined[1])
+            else:
+                apart.append(group)
+        groups = [*apart, joined]
+    return [members for _, members in groups]
+
+
+class _Use:
+    """One use's way to its node: the :class:`ghostgrad.rules.Sink`."""
+
+    __slots__ = ("node", "view")
+
+    def __init__(self, node: _Node, view: _View | None):
+        self.node, self.view = node, view
+
+    def wanted(self) -> bool | None:
+        if not self.node.owner.armed:
+            return False
+        return True if self.node.will_run() else None
+
+    def add(self, contribution: Contribution) -> None:
+        self.node.add(contribution, self.view)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# The tap
+
+
+class _Trace:
+    """What is known of the tensors of the running forward pass; nested taps share it."""
+
+    def __init__(self) -> None:
+        self.derived: dict[int, tuple[Tensor, _Node, _View | None]] = {}  # functions of parameters, held so that their ids stay theirs
+        self.expanded: dict[int, Tensor] = {}  # id of an expanded parameter -> the parameter before it was expanded
+        self.layouts: dict[int, tuple[weakref.ref[Tensor], AnyLayout]] = {}  # layouts other than the plain one
+        self.data: dict[int, weakref.ref[Tensor]] = {}  # tensors without gradient that carry samples
+        self.shared: dict[int, weakref.ref[Tensor]] = {}  # tensors with gradient that carry none
+
+    def forget(self, owner: _Pass) -> None:
+        """Lets go of what belongs to a pass that is over, and of what no longer lives."""
+        self.derived = {key: entry for key, entry in self.derived.items() if entry[1].owner is not owner}
+        self.expanded = {key: t for key, t in self.expanded.items() if key in self.derived}
+        self.layouts = {key: entry for key, entry in self.layouts.items() if entry[0]() is not None}
+        self.data = {key: ref for key, ref in self.data.items() if ref() is not None}
+        self.shared = {key: ref for key, ref in self.shared.items() if ref() is not None}
+
+
+def _is(ref: weakref.ref[Tensor] | None, t: Tensor) -> bool:
+    return ref is not None and ref() is t
+
+
+class Tap(TorchFunctionMode):
+    """Per-sample squared gradient norms of what runs inside its block. Made by :func:`tap`, which documents the arguments."""
+
+    def __init__(
+        self,
+        target: nn.Module | Tensor | Mapping[str, Tensor] | Iterable[Tensor],
+        *,
+        by_param: bool = False,
+        reduction: str = "mean",
+        batch_size: int | None = None,
+        batch_dim: int = 0,
+        params: Iterable[Tensor | str] | None = None,
+        constants: Iterable[Tensor] = (),
+        expand_limit: int = 1 << 31,
+        want_grad: bool = True,
+    ):
+        super().__init__()
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"ghostgrad.tap: reduction says how the loss was averaged over the samples and must be 'mean' or 'sum', got {reduction!r}")
+        if batch_size is not None and batch_size < 0:
+            raise ValueError(f"ghostgrad.tap: batch_size must not be negative, got {batch_size}")
+        self.by_param, self.reduction, self.expand_limit, self.batch_dim = by_param, reduction, expand_limit, batch_dim
+        self._module = target if isinstance(target, nn.Module) else None
+        self._names = _named(target, params)  # id -> (name, parameter)
+        self._wide = any(p.dtype == torch.float64 for _, p in self._names.values())
+        self._given_batch_size = batch_size
+        self._constants = {id(t): t for t in constants}
+        for module in self._module.modules() if self._module is not None else ():
+            for tensor in (
+                *module.parameters(recurse=False),
+                *module.buffers(recurse=False),
+                *(v for v in vars(module).values() if isinstance(v, Tensor)),
+            ):
+                self._constants[id(tensor)] = tensor
+        self._want_grad = want_grad
+        self._open = False
+        self._handles: list[Any] = []
+        self._warned: set[tuple[str, str]] = set()
+        self._pass = _Pass(batch_size)
+        self._trace = _Trace()
+
+    # -- the block
+
+    def __enter__(self) -> Tap:
+        if self._open:
+            raise TapStateError("ghostgrad: this tap's block is open already; make another tap for a nested block")
+        taps = _ACTIVE.taps
+        self._open, self._pass, self._trace = True, _Pass(self._given_batch_size), taps[-1]._trace if taps else _Trace()
+        if self._module is not None:
+            self._handles.append(self._module.register_forward_pre_hook(_input_hook(self), with_kwargs=True))
+        for key, (name, p) in self._names.items():
+            self._handles.append(p.register_hook(lambda grad, name=name, key=key: self._see_gradient(name, key, grad)))
+        taps.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        super().__exit__(exc_type, exc_value, traceback)
+        _ACTIVE.taps.remove(self)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._pass.close()
+        self._trace, self._open = _Trace(), False
+
+    @contextlib.contextmanager
+    def resumed(self) -> Iterator[None]:
+        """For rules of composite functions: interception goes on inside."""
+        super().__enter__()
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)
+
+    def reset(self) -> None:
+        """Forgets the last pass, for another one in the same block. Calling the tapped module after the norms were read does it by itself."""
+        self._pass.close()
+        self._trace.forget(self._pass)
+        self._pass = _Pass(self._given_batch_size)
+
+    def _see_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The tapped module is called: its inputs carry the samples."""
+        if self._pass.norms is not None:
+            self.reset()
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > self.batch_dim]
+        if not tensors:
+            return
+        size = tensors[0].shape[self.batch_dim]
+        if self._pass.batch_size not in (None, size):
+            raise TapStateError(
+                f"ghostgrad: the tap has batch size {self._pass.batch_size} and the model is called with {size} samples (dimension {self.batch_dim} of its "
+                "first tensor input). Use one block per batch, or declare the sample dimension with gg.tap(..., batch_dim=...)."
+            )
+        self._pass.batch_size, self._pass.seen_input = size, True
+        for t in tensors:
+            if t.shape[self.batch_dim] == size and id(t) not in self._constants:
+                if not t.requires_grad:
+                    self._trace.data[id(t)] = weakref.ref(t)
+                self._mark(t, Layout(self.batch_dim))
+
+    def _see_gradient(self, name: str, key: int, grad: Tensor | None) -> None:
+        """Tensor hook of a parameter: its gradient must be the one that its outermost collector handed out."""
+        if grad is None or not self._pass.armed:
+            return
+        node = self._pass.nodes.get(key)
+        while node is not None and node.outer is not None and node.outer.owner.armed:
+            node = node.outer
+        if node is None or node.returned != _identity(grad):
+            self._pass.bypassed.add(name)
+
+    # -- interception
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if _ACTIVE.taps[-1] is not self:  # the innermost tap serves all
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", "")
+            if name not in _TENSOR_PROPERTIES:
+                return func(*args, **kwargs)
+        elif name in _PASSIVE:
+            return self._backward(func, args, kwargs) if self._pass.recomputes and name in ("backward", "grad") else func(*args, **kwargs)
+        tensors = _tensors(args, kwargs)
+        self._pass.recomputes |= torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        if torch.is_grad_enabled():
+            for t in tensors:
+                if self._is_tracked(t):
+                    return func(*args, **kwargs) if name in _DETACHED else self._use(func, name, args, kwargs)
+            rules.refuse_batch_statistics(self, func, args, kwargs)
+        elif not self._pass.recomputes and any(map(self._is_tracked, tensors)):
+            self._pass.recomputes = True  # a reentrant checkpoint's first run looks like this
+        out = func(*args, **kwargs)
+        if tensors and self._pass.batch_size is not None:
+            self._follow(func, name, tensors, args, kwargs, out)
+        return out
+
+    def _backward(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Backward over a checkpointed forward: what it recomputes must take the same way as before, so interception goes on. Only recomputation runs torch
+        functions with gradients enabled there, unless the backward itself is recorded; then this is left alone, and the checkpoint raises."""
+        if kwargs.get("create_graph"):
+            return func(*args, **kwargs)
+        before, self._pass.recomputing = self._pass.recomputing, True
+        try:
+            with self.resumed():
+                return rules.body(func)(*args, **kwargs)
+        finally:
+            self._pass.recomputing = before
+
+    def _follow(self, func: Any, name: str, tensors: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Keeps track of where the samples are in the result of a call that uses no parameter."""
+        outputs = [out] if isinstance(out, Tensor) else [t for t in out if isinstance(t, Tensor)] if isinstance(out, (tuple, list)) else []
+        data = [t for t in tensors if self._is_data(t)]
+        trace, batch_size = self._trace, self._pass.batch_size
+        assert batch_size is not None
+        if not data:
+            for output in outputs:
+                if output.requires_grad:
+                    trace.shared[id(output)] = weakref.ref(output)
+            return
+        for output in outputs:
+            if not output.requires_grad:
+                trace.data[id(output)] = weakref.ref(output)
+        plain = not trace.layouts and name not in FOLLOWED and not (name in ELEMENTWISE and len(data) > 1)
+        if not plain or any(o.dim() == 0 or o.shape[0] != batch_size for o in outputs):
+            inputs = [(t, self._layout_of(t)) for t in data]
+            for output, layout in zip(outputs, propagate(func, name, inputs, args, kwargs, outputs, batch_size)):
+                self._mark(output, layout)
+
+    def _use(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call with at least one tracked parameter among its arguments."""
+        leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        parameters = [t for t in leaves if self._is_tracked(t)]
+        if not any(self._is_data(t) for t in leaves if not self._is_tracked(t)):
+            # Before the batch is known there is nothing to attach to; should the result reach the loss, the hooks on the parameters will see it.
+            if self._pass.batch_size is not None:
+                return self._derive(func, args, kwargs)
+            out = func(*args, **kwargs)
+            self._trace.shared.update((id(t), weakref.ref(t)) for t in pytree.tree_leaves(out) if isinstance(t, Tensor))
+            return out
+        if self._pass.batch_size is None:
+            raise self._no_batch_size(parameters[0])
+        rules.refuse_batch_statistics(self, func, args, kwargs)
+        rule = rules.rule_for(func) or rules.reference_call
+        for parameter in parameters:
+            node = self._node_of(parameter)
+            for root in node.roots():
+                if root.owner is not self._pass and root.key in self._names:
+                    raise UnsupportedUseError(
+                        f"ghostgrad: {node.name!r} was computed before the innermost tap's block began, so that tap cannot see its use in '{name}'. "
+                        "Compute it inside the block."
+                    )
+                if self._pass.recomputing:
+                    continue
+                label = name if rule is not rules.reference_call else f"{name} (reference)"
+                root.uses[label] = root.uses.get(label, 0) + 1
+        return rule(Call(self, func, args, kwargs), *args, **kwargs)
+
+    # -- what a tensor is
+
+    def _is_tracked(self, t: Tensor) -> bool:
+        key = id(t)
+        return key in self._names or key in self._trace.derived or (len(_ACTIVE.taps) > 1 and any(key in tap._names for tap in _ACTIVE.taps))
+
+    def _is_data(self, t: Tensor) -> bool:
+        key = id(t)
+        if t.requires_grad:
+            return not (key in self._constants or _is(self._trace.shared.get(key), t) or isinstance(t, nn.Parameter))
+        if key in self._constants:
+            return False
+        if _is(self._trace.data.get(key), t):
+            return True
+        # Functional code: no module is called that says what the batch is, so whatever is as long as the batch is taken to be the batch.
+        now = self._pass
+        return not now.seen_input and now.batch_size is not None and t.dim() > self.batch_dim and t.shape[self.batch_dim] == now.batch_size
+
+    def _ambiguous(self, p: Tensor, shape: Sequence[int], layout: Layout, tensors: Sequence[Tensor]) -> bool:
+        """True if a parameter would be taken row by row because of tensors of which only the size says that they carry samples."""
+        own = layout.dim - (len(shape) - p.dim())
+        if self._pass.seen_input or own < 0 or p.shape[own] == 1 or p.stride(own) == 0:
+            return False
+        return not any(t.requires_grad for t in tensors if not self._is_tracked(t) and self._is_data(t))
+
+    def _layout_of(self, t: Tensor) -> AnyLayout:
+        entry = self._trace.layouts.get(id(t))
+        if entry is not None and entry[0]() is t:
+            return entry[1]
+        if not self._pass.seen_input and self.batch_dim and t.dim() > self.batch_dim and t.shape[self.batch_dim] == self._pass.batch_size and t.grad_fn is None:
+            return Layout(self.batch_dim)
+        if t.dim() == 0 or t.shape[0] != self._pass.batch_size:
+            return Mixed(f"its first dimension is {t.shape[0] if t.dim() else 'missing'}, not the batch size {self._pass.batch_size}")
+        return PLAIN
+
+    def _mark(self, t: Tensor, layout: AnyLayout) -> None:
+        if not t.requires_grad and self._trace is not None:
+            self._trace.data[id(t)] = weakref.ref(t)
+        if layout == PLAIN and t.dim() and t.shape[0] == self._pass.batch_size:
+            self._trace.layouts.pop(id(t), None)
+        else:
+            self._trace.layouts[id(t)] = (weakref.ref(t), layout)
+
+    def _name_of(self, t: Tensor) -> str:
+        for tap in _ACTIVE.taps:
+            if id(t) in tap._names:
+                return tap._names[id(t)][0]
+        return self._trace.derived[id(t)][1].name if id(t) in self._trace.derived else "?"
+
+    def _batch_norm_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        mean, weight = kwargs.get("running_mean", args[1] if len(args) > 1 else None), kwargs.get("weight", args[3] if len(args) > 3 else None)
+        for name, module in self._module.named_modules() if self._module is not None else ():
+            if any(
+                known is not None and known is seen
+                for known, seen in ((getattr(module, "running_mean", None), mean), (getattr(module, "weight", None), weight))
+            ):
+                return f"module '{name}' ({type(module).__name__})"
+        return "a call of batch_norm"
+
+    def _no_batch_size(self, p: Tensor) -> TapStateError:
+        return TapStateError(
+            f"ghostgrad: parameter {self._name_of(p)!r} is used before the batch size is known: the tapped module itself has not been called (its first tensor "
+            "input says it). Call the module that you tap, or pass gg.tap(..., batch_size=B)."
+        )
+
+    # -- attaching
+
+    def _node_of(self, t: Tensor) -> _Node:
+        if id(t) in self._trace.derived:
+            return self._trace.derived[id(t)][1]
+        node: _LeafNode | None = None
+        for tap in _ACTIVE.taps:
+            if id(t) in tap._names:
+                node = tap._own_node(t, node)
+        assert node is not None
+        return node
+
+    def _own_node(self, p: Tensor, outer: _LeafNode | None) -> _LeafNode:
+        now = self._pass
+        if id(p) not in now.nodes:
+            if now.batch_size is None:
+                raise self._no_batch_size(p)
+            name = self._names[id(p)][0]
+            key = name if self.by_param else ""
+            if key not in now.leaves:
+                dtype = accumulation_dtype(p.dtype) if self.by_param or not self._wide else torch.float64
+                now.leaves[key] = torch.zeros(now.batch_size, dtype=dtype, device=p.device, requires_grad=True)
+            admit = lambda copies: self._admit(repr(name), "several overlapping uses", copies)  # noqa: E731
+            node = now.nodes[id(p)] = _LeafNode(now, name, p, now.leaves[key], admit, self._want_grad, outer)
+            self._trace.derived[id(node.attached)] = (node.attached, node, None)
+        return now.nodes[id(p)]
+
+    def _attach(self, t: Tensor) -> tuple[Tensor, _Use]:
+        """The tensor that stands for a tracked one in the graph, and where its contributions go."""
+        if id(t) in self._trace.derived:
+            tensor, node, view = self._trace.derived[id(t)]
+            return tensor, _Use(node, view)
+        node = self._node_of(t)
+        return node.attached, _Use(node, None)
+
+    def _attach_use(self, t: Tensor) -> tuple[Tensor, _Use]:
+        """The same for a use by data: asks whether the copies that a function of parameters needs on the way back may be made."""
+        tensor, use = self._attach(t)
+        nodes = [use.node]
+        while nodes:
+            node = nodes.pop()
+            if isinstance(node, _DerivedNode):
+                self._admit(repr(node.name), "its use by the samples", (self._pass.batch_size or 0) * node.shape.numel() * node.dtype.itemsize)
+                nodes += [parent for _, parent, _ in node.parents]
+        return tensor, use
+
+    def _derive(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call whose tensors are parameters, functions of them, and constants: its results are parameters again."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        parents: list[tuple[Tensor, _Node, _View | None]] = []
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and self._is_tracked(leaf):
+                tensor, use = self._attach(leaf)
+                leaves[i] = tensor.view_as(tensor)  # an alias of its own, so that a VJP with respect to it sees this call alone
+                parents.append((leaves[i], use.node, use.view))
+                before = tensor
+        new_args, new_kwargs = pytree.tree_unflatten(leaves, spec)
+        name = getattr(func, "__name__", str(func))
+        name = getattr(func.__self__, "__name__", name) if name == "__get__" else name
+        if writes_in_place(name):
+            raise UnsupportedUseError(
+                f"ghostgrad: {parents[0][1].name!r}, or a function of it, is overwritten by '{name}'; use the operation that returns a new tensor"
+            )
+        out = _repeat_as_expand(*new_args, **new_kwargs) if name == "repeat" else None
+        name, out = (name, func(*new_args, **new_kwargs)) if out is None else ("expand", out)
+        outputs, out_spec = pytree.tree_flatten(out)
+        adopted = [self._adopt(o, name, parents) for o in outputs]
+        if name in _EXPANSIONS and len(parents) == 1:
+            self._trace.expanded[id(adopted[0])] = before
+        return pytree.tree_unflatten(adopted, out_spec)
+
+    def _adopt(self, out: Any, name: str, parents: Sequence[tuple[Tensor, _Node, _View | None]]) -> Any:
+        """Makes a result a derived parameter."""
+        if not isinstance(out, Tensor) or not out.requires_grad or id(out) in self._trace.derived:
+            return out
+        tensor, node, _ = parents[0]
+        if len(parents) == 1 and (_shows_elements(out, tensor, name) or (name in _COPIES and out.shape == tensor.shape)):
+            # Each element is one of the root's, so norms are the same; the root's collector serves.
+            whole = _geometry(out) == _geometry(node.attached)
+            self._trace.derived[id(out)] = (out, node, None if whole else _View(out, node.attached))
+            return out
+        label = f"{name}({', '.join(sorted({node.name for _, node, _ in parents}))})"
+        derived = _DerivedNode(self._pass, label, out, parents)
+        self._pass.derived_nodes.append(derived)
+        self._trace.derived[id(derived.attached)] = (derived.attached, derived, None)
+        return derived.attached
+
+    def _before_expansion(self, t: Tensor) -> Tensor:
+        """An expanded parameter as it was before it was expanded; other tensors as they are."""
+        while id(t) in self._trace.expanded:
+            t = self._trace.expanded[id(t)]
+        return t
+
+    def _untransposed(self, t: Tensor) -> Tensor | None:
+        """For a matrix that is the transpose of a whole parameter (or of a whole derived one): that parameter."""
+        _, node, view = self._trace.derived.get(id(t), (None, None, None))
+        if view is None or node is None or view.tensor.dim() != 2 or view.root.dim() != 2 or view.tensor.dtype != view.root.dtype:
+            return None
+        same = view.tensor.untyped_storage().data_ptr() == view.root.untyped_storage().data_ptr()
+        turned = view.tensor.shape == view.root.shape[::-1] and view.tensor.stride() == view.root.stride()[::-1]
+        return view.root if same and turned else None
+
+    def _admit(self, names: str, operation: str, copies: int) -> None:
+        """Warns once of copies of a parameter for each sample; refuses those that do not fit."""
+        size = f"{copies / 2**20:.1f} MiB" if copies < 1 << 30 else f"{copies / 2**30:.2f} GiB"
+        if copies > self.expand_limit:
+            raise UnsupportedUseError(
+                f"ghostgrad: parameter {names} in {operation} has no fused rule, and one copy of its gradient per sample takes {size}, more than the limit of "
+                f"{self.expand_limit / 2**30:.2f} GiB. Use a smaller batch, raise gg.tap(..., expand_limit=bytes), or register a rule (gg.register_rule)."
+            )
+        if (names, operation) not in self._warned:
+            self._warned.add((names, operation))
+            warnings.warn(f"ghostgrad: parameter {names} in {operation} has no fused rule: one copy of its gradient per sample, {size}", stacklevel=2)
+
+    # -- reading
+
+    def sqnorms(self, by_param: bool = False) -> Any:
+        """``||grad of sample i's loss||^2`` of the backward that ran inside the block.
+
+        Args:
+            by_param: a dict with one vector per parameter instead of their sum; needs ``gg.tap(..., by_param=True)``.
+
+        Returns:
+            Tensor (B,), or ``{name: Tensor (B,)}``; float64 if a parameter is, else float32. Of each sample's own loss: with ``reduction="mean"`` the factor
+            1/B that the mean puts on every sample's gradient is taken out. Parameters that the loss does not reach count as zero.
+
+        Raises:
+            TapStateError: no backward, or more than one, has run inside the block.
+            UnsupportedUseError: a parameter received a gradient that did not come through the tap.
+        """
+        if by_param and not self.by_param:
+            raise TapStateError("ghostgrad: norms by parameter must be asked for when the tap is made: gg.tap(..., by_param=True)")
+        if self._pass.norms is None:
+            self._pass.norms = self._read({key: leaf.grad for key, leaf in self._pass.leaves.items()})
+            self._pass.armed = False  # a backward through these norms lets gradients pass
+        norms = self._pass.norms
+        if by_param:
+            return dict(norms)
+        return norms[""] if not self.by_param else torch.stack([norm.to(next(iter(norms.values()))) for norm in norms.values()]).sum(0)
+
+    def _read(self, grads: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        now = self._pass
+        if now.bypassed:
+            raise UnsupportedUseError(
+                f"ghostgrad: parameter {', '.join(map(repr, sorted(now.bypassed)))} received a gradient that did not pass through the tap: from a custom "
+                "autograd.Function, an extension's kernel, a forward that was recomputed (checkpointed) outside the tap, or a function of the parameter "
+                "computed before the block or before the model was called. Write that use with torch functions inside the block, or take the parameter out "
+                "of the tap (gg.tap(model, params=...))."
+            )
+        if now.repeated:
+            raise TapStateError(
+                f"ghostgrad: more than one backward pass reached parameter {', '.join(map(repr, sorted(now.repeated)))} in one tap, and the norm of a sum "
+                "is not the sum of the norms. Add the losses and call backward once, or use one block per backward."
+            )
+        if all(grad is None for grad in grads.values()):
+            raise TapStateError("ghostgrad: there are no norms yet: loss.backward() has to run inside the tap's block, and the loss to use a tapped parameter")
+        scale = (now.batch_size or 0) ** 2 if self.reduction == "mean" else 1
+        norms = {key: torch.zeros_like(leaf, requires_grad=False) if (grad := grads[key]) is None else grad * scale for key, leaf in now.leaves.items()}
+        if not self.by_param:
+            return norms
+        zeros = {n: torch.zeros(now.batch_size or 0, dtype=accumulation_dtype(p.dtype), device=p.device) for n, p in self._names.values() if n not in norms}
+        return {name: norms[name] if name in norms else zeros[name] for name, _ in self._names.values()}
+
+    def uses(self) -> dict[str, dict[str, int]]:
+        """Per parameter, the operations that used it in the last pass and how often."""
+        return {name: dict(self._pass.nodes[key].uses) if key in self._pass.nodes else {} for key, (name, _) in self._names.items()}
+
+
+def _input_hook(tap: Tap) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    """A forward pre-hook that a copy of the module, made inside the block, may carry along: it holds no tap and serves the tapped module alone."""
+    ref = weakref.ref(tap)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tap = ref()
+        if tap is not None and tap._open and module is tap._module:
+            tap._see_input(args, kwargs)
+
+    return hook
+
+
+def _identity(grad: Tensor) -> tuple[int, int]:
+    """Address and version of a gradient's memory: equal for the same gradient that nothing was added to."""
+    return (grad._values() if grad.is_sparse else grad).data_ptr(), grad._version
+
+
+def _geometry(t: Tensor) -> tuple[Any, ...]:
+    """Which elements of which memory a tensor shows, and how."""
+    return t.dtype, t.data_ptr(), t.size(), t.stride()
+
+
+def _shows_elements(out: Tensor, root: Tensor, name: str) -> bool:
+    """True if ``out`` is a view of elements of ``root``, each at most once."""
+    return (
+        name not in _OVERLAPPING
+        and out.dtype == root.dtype
+        and out.untyped_storage().data_ptr() == root.untyped_storage().data_ptr()
+        and all(stride != 0 or size == 1 for size, stride in zip(out.size(), out.stride()))
+    )
+
+
+def _repeat_as_expand(x: Tensor, *sizes: Any, repeats: Any = None) -> Tensor | None:
+    """``x.repeat(...)`` as an expand, where only dimensions of size one are repeated."""
+    sizes = tuple(repeats) if repeats is not None else tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+    shape = (1,) * (len(sizes) - x.dim()) + tuple(x.shape)
+    if len(sizes) < x.dim() or any(n != 1 and size != 1 for n, size in zip(sizes, shape)):
+        return None
+    return x.expand(tuple(n * size for n, size in zip(sizes, shape)))
+
+
+def _named(target: Any, params: Iterable[Tensor | str] | None) -> dict[int, tuple[str, Tensor]]:
+    """The parameters to track: ``{id: (name, parameter)}``, those that require a gradient."""
+    if isinstance(target, nn.Module):
+        named: dict[str, Tensor] = dict(target.named_parameters())
+    elif isinstance(target, Mapping):
+        named = dict(target)
+    elif isinstance(target, Tensor):
+        named = {"0": target}
+    else:
+        named = {str(i): p for i, p in enumerate(target)}
+    for name, p in named.items():
+        if not isinstance(p, Tensor):
+            raise TypeError(
+                f"ghostgrad.tap: the first argument must be a module, a tensor, or a collection or mapping of tensors; {name!r} is {type(p).__name__}"
+            )
+        if p.is_complex():
+            raise UnsupportedUseError(f"ghostgrad.tap: parameter {name!r} is complex; only real parameters have norms here. Use torch.view_as_real on it.")
+    if params is not None:
+        chosen = list(params)
+        unknown = [c for c in chosen if isinstance(c, str) and c not in named] + [
+            c for c in chosen if isinstance(c, Tensor) and not any(c is p for p in named.values())
+        ]
+        if unknown:
+            raise ValueError(f"ghostgrad.tap: params names {unknown[0]!r}, which is not a parameter of the target; it has {', '.join(list(named)[:8])} ...")
+        named = {name: p for name, p in named.items() if any(c is p or (isinstance(c, str) and c == name) for c in chosen)}
+    tracked: dict[int, tuple[str, Tensor]] = {}
+    for name, p in named.items():
+        if p.requires_grad:
+            tracked.setdefault(id(p), (name, p))
+    if not tracked:
+        raise ValueError("ghostgrad.tap: nothing to tap: none of the parameters requires a gradient")
+    return tracked
+
+
+def tap(target: nn.Module | Tensor | Mapping[str, Tensor] | Iterable[Tensor], **options: Any) -> Tap:
+    """A block in which backward also gives the squared norm of every sample's gradient. ``.grad`` is filled as always.
+
+    ::
+
+        with gg.tap(model) as tap:
+            loss = loss_fn(model(x), y)
+            loss.backward()
+        tap.sqnorms()  # (B,)
+
+    Args:
+        target: a module, or for functional code the parameters (a list, a mapping by name, one tensor). Those that require a gradient are tracked.
+        by_param: keep the norms of each parameter apart, for ``tap.sqnorms(by_param=True)``.
+        reduction: "mean" (default) or "sum": how the loss was reduced over the samples. A vector of losses is summed: "sum".
+        batch_size: B; read off the first tensor input of the tapped module if that is called, required otherwise.
+        batch_dim: the dimension of the module's inputs along which the samples lie.
+        params: parameters (or their names) to restrict the tap to.
+        constants: tensors that carry no samples although their first dimension is as long as the batch (functional code only; buffers of a tapped module
+            are known).
+        expand_limit: bytes that one copy of a parameter's gradient per sample may take where there is no fused rule; more raises.
+
+    Cost: no copy per sample for ``F.linear``, matrix products, broadcast operations and normalisation layers; one copy per sample, with a warning, for an
+    operation without a rule.
+
+    Raises:
+        UnsupportedUseError: in forward, a use that has no per-sample gradient or does not fit; in backward, a gradient that came from such a use.
+        BatchCouplingError: batch statistics, or a tensor in which samples are mixed, meet a parameter.
+        TapStateError: calls out of order, or a batch of another size.
+    """
+    return Tap(target, **options)
+
+
+def declare_samples(x: Tensor, dim: int = 0, outer: int = 1, inner: int = 1) -> Tensor:
+    """Tells the running taps where the samples lie in ``x``, where they could not follow: along ``dim``, of size ``outer * B * inner``, in that order.
+
+    Returns ``x``. Outside of a tap's block it does nothing, so it may stand in a model. For example ``declare_samples(tokens, inner=T)`` for tokens
+    flattened sample by sample, ``declare_samples(steps, dim=1)`` for time-major sequences.
+    """
+    for tap in _ACTIVE.taps[-1:]:
+        batch_size = tap._pass.batch_size
+        if batch_size is None or x.shape[dim] != outer * batch_size * inner:
+            raise ValueError(f"ghostgrad.declare_samples: dimension {dim} has size {x.shape[dim]}, not outer * B * inner = {outer} * {batch_size} * {inner}")
+        tap._mark(x, Layout(dim % x.dim(), outer, inner))
+    return x

@@ -1,0 +1,35 @@
+"""The truth of the tests: per-sample gradients by autograd in float64, one sample at a time."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def loss_fn(out: Tensor, target: Tensor) -> Tensor:
+    """A smooth loss whose mean over the samples is the mean of single-sample losses; it hides nothing (no zero rows, no signs)."""
+    return (out.flatten(1).square().mean(1) + (out.flatten(1) * target[:, None]).sin().mean(1)).mean()
+
+
+def double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def loop_sqnorms(model: nn.Module, inputs: tuple[Tensor, ...], target: Tensor, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """``{name: (B,)}``: squared norms of every parameter's gradient of every sample's loss."""
+    model = copy.deepcopy(model).to(dtype)
+    cast = [t.to(dtype) if t.is_floating_point() else t for t in inputs]
+    names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
+    rows = []
+    for i in range(len(target)):
+        loss = loss_fn(model(*(t[i : i + 1] for t in cast)), target[i : i + 1].to(dtype))
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        rows.append([0.0 if g is None else g.double().square().sum().item() for g in grads])
+    return {name: torch.tensor(column, dtype=torch.float64) for name, column in zip(names, zip(*rows))}
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    return ((got.double() - exact).abs() / exact.clamp_min(1e-300)).max().item() if exact.numel() else 0.0
