@@ -427,8 +427,8 @@ class Tap(TorchFunctionMode):
         self._open, self._pass, self._trace = True, _Pass(self._given_batch_size), taps[-1]._trace if taps else _Trace()
         if self._module is not None:
             self._handles.append(self._module.register_forward_pre_hook(_input_hook(self), with_kwargs=True))
-        for key, (name, p) in self._names.items():
-            self._handles.append(p.register_hook(lambda grad, name=name, key=key: self._see_gradient(name, key, grad)))
+        for name, p in self._names.values():
+            self._handles.append(p.register_hook(self._gradient_hook(name, p)))
         taps.append(self)
         super().__enter__()
         return self
@@ -579,7 +579,28 @@ class Tap(TorchFunctionMode):
 
     def _is_tracked(self, t: Tensor) -> bool:
         key = id(t)
-        return key in self._names or key in self._trace.derived or (len(_ACTIVE.taps) > 1 and any(key in tap._names for tap in _ACTIVE.taps))
+        if key in self._names or key in self._trace.derived:
+            return True
+        if len(_ACTIVE.taps) > 1 and any(key in tap._names for tap in _ACTIVE.taps):
+            return True
+        return isinstance(t, nn.Parameter) and key not in self._constants and self._meet(t)
+
+    def _meet(self, p: nn.Parameter) -> bool:
+        """A parameter object that was not there when the block began: sharded training swaps a module's parameters while its forward runs."""
+        found = False
+        for tap in _ACTIVE.taps:
+            wanted = {name for name, _ in tap._names.values()}
+            for name, now in tap._module.named_parameters() if tap._module is not None else ():
+                if now is p and name in wanted and p.requires_grad:
+                    tap._names[id(p)] = (name, p)
+                    tap._handles.append(p.register_hook(tap._gradient_hook(name, p)))
+                    found = True
+        if not found:
+            self._constants[id(p)] = p
+        return found
+
+    def _gradient_hook(self, name: str, p: Tensor) -> Callable[[Tensor | None], None]:
+        return lambda grad, key=id(p): self._see_gradient(name, key, grad)
 
     def _is_data(self, t: Tensor) -> bool:
         key = id(t)
