@@ -159,7 +159,7 @@ def _tuple(value: Any, dims: int) -> tuple[int, ...]:
     return (value,) * dims if isinstance(value, int) else tuple(value) * (dims if len(value) == 1 else 1)
 
 
-def _pad(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[int] | None:
+def _pad(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
     """The zeros to add on both sides of each dimension, in the order of :func:`torch.nn.functional.pad`."""
     if padding == "valid":
         return [0] * 2 * len(kernel)

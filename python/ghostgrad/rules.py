@@ -193,7 +193,7 @@ class Call:
             layout = self.tap._layout_of(t)
             layouts.append(Layout(layout.dim + width - t.dim(), layout.outer, layout.inner) if isinstance(layout, Layout) else layout)
         if self.tap._pass.recomputing:  # of this run nothing is kept but tensors; the layouts are those of the first
-            layouts = [layout for layout in layouts if isinstance(layout, Layout)][:1] or [PLAIN]
+            layouts = [next((layout for layout in layouts if isinstance(layout, Layout)), PLAIN)]
             data = data[:1]
         for layout, t in zip(layouts, data):
             if isinstance(layout, Mixed):

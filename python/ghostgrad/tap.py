@@ -242,6 +242,8 @@ class _LeafNode(_Node):
         if grad is not None:
             grad = grad.to(self.dtype)
             self.returned = _identity(grad)
+        if type(sqnorm) is not Tensor and hasattr(sqnorm, "full_tensor"):  # squares of a sharded parameter's parts
+            sqnorm = sqnorm.full_tensor()
         return grad, sqnorm.to(self.leaf)
 
     def _sqnorm(self, contributions: Sequence[_Pending]) -> Tensor:
@@ -402,6 +404,8 @@ class Tap(TorchFunctionMode):
         self._module = target if isinstance(target, nn.Module) else None
         self._names = _named(target, params)  # id -> (name, parameter)
         self._wide = any(p.dtype == torch.float64 for _, p in self._names.values())
+        if any(hasattr(p, "to_local") for _, p in self._names.values()):
+            from . import distributed as distributed  # tells torch how the ops run on sharded tensors
         self._given_batch_size = batch_size
         self._constants = {id(t): t for t in constants}
         for module in self._module.modules() if self._module is not None else ():
@@ -600,7 +604,8 @@ class Tap(TorchFunctionMode):
         return found
 
     def _gradient_hook(self, name: str, p: Tensor) -> Callable[[Tensor | None], None]:
-        return lambda grad, key=id(p): self._see_gradient(name, key, grad)
+        key = id(p)
+        return lambda grad: self._see_gradient(name, key, grad)
 
     def _is_data(self, t: Tensor) -> bool:
         key = id(t)
@@ -610,9 +615,15 @@ class Tap(TorchFunctionMode):
             return False
         if _is(self._trace.data.get(key), t):
             return True
-        # Functional code: no module is called that says what the batch is, so whatever is as long as the batch is taken to be the batch.
+        # Functional code: no module is called that says what the batch is, so whatever is as long as the batch is taken to be the batch. And torch wraps
+        # inputs into sharded tensors out of sight.
         now = self._pass
-        return not now.seen_input and now.batch_size is not None and t.dim() > self.batch_dim and t.shape[self.batch_dim] == now.batch_size
+        return (
+            (not now.seen_input or hasattr(t, "to_local"))
+            and now.batch_size is not None
+            and t.dim() > self.batch_dim
+            and t.shape[self.batch_dim] == now.batch_size
+        )
 
     def _ambiguous(self, p: Tensor, shape: Sequence[int], layout: Layout, tensors: Sequence[Tensor]) -> bool:
         """True if a parameter would be taken row by row because of tensors of which only the size says that they carry samples."""
@@ -843,7 +854,8 @@ def _input_hook(tap: Tap) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any
 
 def _identity(grad: Tensor) -> tuple[int, int]:
     """Address and version of a gradient's memory: equal for the same gradient that nothing was added to."""
-    return (grad._values() if grad.is_sparse else grad).data_ptr(), grad._version
+    memory = grad._values() if grad.is_sparse else grad.to_local() if hasattr(grad, "to_local") else grad
+    return memory.data_ptr(), grad._version
 
 
 def _geometry(t: Tensor) -> tuple[Any, ...]:

@@ -1,0 +1,78 @@
+"""Two gloo processes: norms equal those of one process."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import ghostgrad as gg
+
+WORLD, B = 2, 8
+
+
+def _model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 4)).double()
+
+
+def _data_parallel(model: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def _fully_sharded(model: nn.Sequential) -> nn.Module:
+    for layer in (model[0], model[2], model[3]):
+        fully_shard(layer)
+    fully_shard(model)
+    return model
+
+
+def _tensor_parallel(model: nn.Module) -> nn.Module:
+    plan = {"0": ColwiseParallel(output_layouts=Replicate()), "3": RowwiseParallel(input_layouts=Replicate())}
+    return parallelize_module(model, init_device_mesh("cpu", (WORLD,)), plan)  # type: ignore[arg-type]
+
+
+KINDS = {"DistributedDataParallel": _data_parallel, "fully_shard": _fully_sharded, "tensor parallel": _tensor_parallel}
+
+
+def _worker(rank: int, kind: str, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    torch.manual_seed(1)
+    x, y = torch.randn(B, 6, dtype=torch.float64), torch.randn(B, 4, dtype=torch.float64)
+    mine = slice(None) if kind == "tensor parallel" else slice(rank * B // WORLD, (rank + 1) * B // WORLD)
+    model = KINDS[kind](_model())
+    for _ in range(2):  # the second step sees parameters that were gathered and dropped again
+        with gg.tap(model, by_param=True) as tap:
+            F.mse_loss(model(x[mine]), y[mine]).backward()
+    torch.save(dict(tap.sqnorms(by_param=True)), Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_norms_equal_one_process(kind: str, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_worker, (kind, port, str(tmp_path)), nprocs=WORLD)
+    torch.manual_seed(1)
+    x, y = torch.randn(B, 6, dtype=torch.float64), torch.randn(B, 4, dtype=torch.float64)
+    expected: dict[str, Tensor] = gg.sqnorms(_model(), F.mse_loss, x, y, by_param=True)
+    for rank in range(WORLD):
+        mine = slice(None) if kind == "tensor parallel" else slice(rank * B // WORLD, (rank + 1) * B // WORLD)
+        got = torch.load(tmp_path / f"{rank}.pt")
+        assert [name.removeprefix("module.") for name in got] == list(expected)
+        for norm, e in zip(got.values(), expected.values()):
+            torch.testing.assert_close(norm, e[mine], rtol=1e-11, atol=0)
