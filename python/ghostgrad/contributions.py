@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .reference import accumulation_dtype
 
 __all__ = ["Contribution", "Full", "Gathered", "Outer", "Patches", "Rows", "inner"]
 
@@ -112,30 +113,36 @@ class Full(Contribution):
 
 @dataclass
 class Rows(Contribution):
-    """The tensor has one row per sample along ``dim``, and sample i touches row i alone: ``g`` holds the rows' gradients."""
+    """The tensor has rows of its own for each sample: along ``dim``, of size ``outer * B * inner``, sample i touches its part alone. ``g``: their gradients."""
 
-    g: Tensor  # (*shape), with shape[dim] = B
+    g: Tensor  # (*shape)
     dim: int
+    outer: int = 1
+    inner: int = 1
+
+    def _samples_first(self) -> Tensor:
+        """(B, ..., outer, inner, ...)"""
+        return self.g.unflatten(self.dim, (self.outer, -1, self.inner)).movedim(self.dim + 1, 0)
 
     @property
     def batch_size(self) -> int:
-        return self.g.shape[self.dim]
+        return self.g.shape[self.dim] // (self.outer * self.inner)
 
     def total(self) -> Tensor:
         return self.g
 
     def materialise(self) -> Tensor:
-        rows = self.g.movedim(self.dim, -1)  # (*rest, B)
-        return torch.diag_embed(rows).movedim(-1, 0).movedim(-1, self.dim + 1)
+        own = torch.diag_embed(self._samples_first().movedim(0, -1)).movedim(-1, 0)  # (B, ..., outer, inner, ..., B): zero for other samples
+        return own.movedim(-1, self.dim + 2).flatten(self.dim + 1, self.dim + 3)
 
     def sqnorm(self) -> Tensor:
-        return ops.row_sqnorm(self.g.movedim(self.dim, 0))
+        return ops.row_sqnorm(self._samples_first())
 
     def form(self) -> Any:
-        return Rows, self.dim
+        return Rows, self.dim, self.outer, self.inner
 
     def join(self, others: Sequence[Rows]) -> Rows:
-        return Rows(sum((o.g for o in others), self.g), self.dim)
+        return replace(self, g=sum((o.g for o in others), self.g))
 
 
 @dataclass
@@ -246,7 +253,7 @@ def inner(x: Contribution, y: Contribution) -> Tensor | None:
         x, y = y, x
     if isinstance(x, Gathered) and isinstance(y, Outer) and y.a.dim() == 3:
         # <e_v g_t^T summed, b^T a> = sum_{s,t} b_s[v_t] <a_s, g_t>: a tied embedding and head
-        dtype = ops.accumulation_dtype(y.a.dtype)
+        dtype = accumulation_dtype(y.a.dtype)
         index = x.index.clamp_min(0)[:, None, :].expand(-1, y.b.shape[1], -1)  # (B, S, T)
         picked = torch.where(x.index[:, None, :] >= 0, y.b.gather(2, index), 0).to(dtype)
         return (picked * (y.a.to(dtype) @ x.b.to(dtype).mT)).sum((1, 2))

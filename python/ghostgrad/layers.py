@@ -274,6 +274,16 @@ def bilinear(call: Call, input1: Tensor, input2: Tensor, weight: Tensor, bias: T
 # Functions that are written in Python: run as they are, watched from inside
 
 
+@register_rule(F.scaled_dot_product_attention)
+def scaled_dot_product_attention(call: Call, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    """With a parameter as the mask (a relative position bias), which broadcasts against the scores."""
+    if attn_mask is None or not call.is_parameter(attn_mask) or not all(map(call.is_data, (query, key, value))):
+        return reference_call(call, query, key, value, attn_mask, *args, **kwargs)
+    layout = call.layout(query, key, value)
+    mask = call.expand(attn_mask, (*query.shape[:-1], key.shape[-2]), layout)
+    return call.mark(F.scaled_dot_product_attention(query, key, value, mask, *args, **kwargs), layout)
+
+
 _MULTI_HEAD_ATTENTION = body(F.multi_head_attention_forward)
 
 

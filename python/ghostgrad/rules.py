@@ -114,7 +114,8 @@ class _Expand(torch.autograd.Function):
     def reduce(ctx: Any, g: Tensor) -> Contribution:
         shape: torch.Size = ctx.p_shape
         if ctx.rows:
-            return Rows(g.sum_to_size(shape), ctx.layout.dim - (g.dim() - len(shape)))
+            place: Layout = ctx.layout
+            return Rows(g.sum_to_size(shape), place.dim - (g.dim() - len(shape)), place.outer, place.inner)
         layout: Layout = ctx.layout
         if layout == PLAIN:
             g = g.unsqueeze(1)  # (B, 1, *rest)
@@ -222,7 +223,7 @@ class Call:
         p = self.tap._before_expansion(p)
         own = layout.dim - (len(shape) - p.dim())  # the parameter's dimension along which the samples run, if it has one there
         rows = own >= 0 and p.shape[own] != 1
-        if rows and (layout.outer, layout.inner) != (1, 1):
+        if rows and (layout.outer, layout.inner) != (1, 1) and p.shape[own] != shape[layout.dim]:
             raise self.unsupported(f"its dimension {own} runs along samples and positions at once; use the parameter before flattening them")
         tensor, sink = self.tap._attach_use(p)
         out: Tensor = _Expand.apply(tensor, sink, tuple(shape), layout, self.batch_size, rows)
