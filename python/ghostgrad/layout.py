@@ -119,7 +119,22 @@ def _reshaped(shape: Sequence[int], layout: Layout, new_shape: Sequence[int], ba
     return Mixed(f"a reshape from {tuple(shape)} to {tuple(new_shape)} splits samples")
 
 
-def _strided(func: Callable[..., Any], x: Tensor, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Sequence[Tensor]) -> list[AnyLayout]:
+def _indexed(x: Tensor, layout: Layout, index: Any, batch_size: int) -> AnyLayout:
+    """Indexing by tensors: indexes the numbers of the samples in the same way, and looks along which dimension they come out in order."""
+    along = torch.arange(x.size(layout.dim), device=x.device) // layout.inner % max(batch_size, 1)
+    samples = along.view(-1, *(1,) * (x.dim() - 1 - layout.dim)).expand(x.shape)[index]
+    for dim, size in enumerate(samples.shape):
+        if size and batch_size and size % batch_size == 0:
+            inner = size // batch_size
+            expected = (torch.arange(size, device=x.device) // inner).view(-1, *(1,) * (samples.dim() - 1 - dim))
+            if bool((samples == expected).all()):
+                return Layout(dim, 1, inner)
+    return Mixed("samples are picked by an index")
+
+
+def _strided(
+    func: Callable[..., Any], x: Tensor, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Sequence[Tensor], batch_size: int
+) -> list[AnyLayout]:
     """Runs ``func`` on a probe without data whose strides are all different, and finds the sample dimension by its stride."""
     probe = torch.empty([max(size, 2) for size in x.shape], device="meta")
     try:
@@ -131,10 +146,7 @@ def _strided(func: Callable[..., Any], x: Tensor, layout: Layout, args: tuple[An
     for shadow, output in zip(probed, outputs):
         dims = [i for i, stride in enumerate(shadow.stride()) if stride == probe.stride(layout.dim) and shadow.size(i) > 1]
         if not shadow._is_view() or shadow.dim() != output.dim():
-            # Indexing by tensors: leading full slices leave the dimensions in front of the indices where they are.
-            index = args[1] if len(args) > 1 else None
-            kept = isinstance(index, tuple) and all(isinstance(i, slice) and i == slice(None) for i in index[: layout.dim + 1])
-            found.append(layout if kept else Mixed("samples are picked by an index"))
+            found.append(_indexed(x, layout, args[1], batch_size) if func.__name__ == "__getitem__" else Mixed(f"'{func.__name__}' could not be followed"))
         elif len(dims) == 1 and output.size(dims[0]) == x.size(layout.dim):
             found.append(Layout(dims[0], layout.outer, layout.inner))
         else:
@@ -207,7 +219,7 @@ def propagate(
     if name in _ORDER_KEEPING:
         return [_reshaped(x.shape, layout, output.shape, batch_size) for output in outputs]
     if name in _STRIDED and args and args[0] is x:
-        return _strided(func, x, layout, args, kwargs, outputs)
+        return _strided(func, x, layout, args, kwargs, outputs, batch_size)
     if name in _RESHAPED_IN_PLACE:
         return [Mixed(f"'{name}' changes the shape of a tensor in place")] * len(outputs)
     if (name in _REDUCTIONS or name in _ALONG) and not (name in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor)):
