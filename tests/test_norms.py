@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 
-import ghostgrad as gg
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ghostgrad as gg
 from ghostgrad import rules
 from helpers import loop_sqnorms, loss_fn
 from models import B, D, Lambda, T
-from torch import Tensor, nn
 
 F64 = torch.float64
 

@@ -1,0 +1,24 @@
+"""The papers' settings, by the name that ``ghostgrad run`` knows them under.
+
+One module per family. A setting is a frozen dataclass of its parameters, a few functions (its problem, what it measures, its figure) and its claims;
+the loop is :func:`ghostgrad.training.train`. A new setting is entered here.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from ..training import Setting
+from .label_noise import MatrixSensing, OnePoint, ReLU1D
+
+__all__ = ["SETTINGS", "suggest"]
+
+SETTINGS: dict[str, type[Setting]] = {setting.name: setting for setting in (OnePoint, ReLU1D, MatrixSensing)}
+
+
+def suggest(name: str) -> list[str]:
+    """Known names close to ``name``; its last part alone ("relu1d") counts too."""
+    tails = {known.split("/")[-1]: known for known in SETTINGS}
+    close = difflib.get_close_matches(name, SETTINGS, n=3, cutoff=0.5)
+    close += [tails[t] for t in difflib.get_close_matches(name.split("/")[-1], tails, n=3, cutoff=0.6)]
+    return list(dict.fromkeys(close))
