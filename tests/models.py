@@ -91,6 +91,11 @@ def _mha_time_major(m: Lambda, x: Tensor) -> Tensor:
     return y.transpose(0, 1)
 
 
+def _stacked(m: Lambda, x: Tensor) -> Tensor:
+    steps = torch.stack([torch.tanh(step * m.s) for step in x.unbind(1)])  # (T, B, D)
+    return torch.tanh(F.linear(steps, m.w)).mean(0)
+
+
 def _frames(m: Lambda, x: Tensor) -> Tensor:  # (B, T, 3, H, W)
     return F.conv2d(x.flatten(0, 1), m.w, m.c).view(*x.shape[:2], -1).tanh()
 
@@ -300,6 +305,9 @@ CASES = [
     Case("masked weight", lambda: _Masked(), flat(), True),
     Case("parameter of parameters twice", lambda: Lambda(lambda m, x: torch.tanh(x * m.s.exp()) * m.s.exp().sum(), s=(D,)), sequence(), True),
     Case("cast parameter", lambda: Lambda(lambda m, x: torch.tanh(x @ m.w.double().to(x.dtype)), w=(D, 5)), flat()),
+    Case("stacked steps", lambda: Lambda(_stacked, s=(D,), w=(5, D)), sequence()),
+    Case("stacked steps, equal sizes", lambda: Lambda(_stacked, s=(4,), w=(4, 4)), sequence(4, 4, 4)),
+    Case("reshaped whole and a slice", lambda: Lambda(lambda m, x: torch.tanh(x @ m.w.view(D, 5)) + x[:, :5] * m.w[:5], w=(D * 5,)), flat(), True),
     Case("time-major", lambda: Lambda(_time_major, w=(5, D), c=(5,)), sequence()),
     Case("time-major, flattened", lambda: Lambda(_time_major_flat, w=(5, D), c=(5,)), sequence()),
     Case(
