@@ -589,7 +589,8 @@ def train(
         directory.save_checkpoint(dict(zip(directory.CHECKPOINT, (*state, time.perf_counter() - begun, norm_seconds), strict=True)))
 
     schedule = [s for s in reading_steps(setting.steps, setting.read_every) if s >= step]
-    bar = tqdm(total=setting.steps, initial=step, unit="step", unit_scale=True, disable=not progress, file=sys.stderr, dynamic_ncols=True)
+    seldom = 0.1 if sys.stderr.isatty() else 30.0  # a log file gets a line now and then
+    bar = tqdm(total=setting.steps, initial=step, unit="step", unit_scale=True, disable=not progress, file=sys.stderr, dynamic_ncols=True, mininterval=seldom)
     saved_at = time.perf_counter()
     with _Interrupt() as interrupt:
         try:
@@ -603,14 +604,14 @@ def train(
                 timings.append([{"step": step, "seconds": round(seconds, 3), "norm_seconds": round(norm_seconds, 3)}])
                 noisy = [row for row, r in zip(rows, replicas, strict=True) if r.arm.noise_variance > 0] or rows
                 loss, reg = (np.mean([row[k] for row in noisy]) for k in ("loss", "reg"))
-                bar.n = step
-                bar.set_postfix_str(f"loss {loss:.2e}, reg {reg:.4g}, norms {norm_seconds / seconds:.0%} of the time")
+                bar.set_postfix_str(f"loss {loss:.2e}, reg {reg:.4g}, norms {norm_seconds / seconds:.0%} of the time", refresh=False)
+                bar.update(step - bar.n)
                 if time.perf_counter() - saved_at > checkpoint_seconds:
                     save()
                     saved_at = time.perf_counter()
                 if step < stop:
                     interrupt.at_once = compiled and CHUNK not in stack.calls
-                    bar.set_description_str("compiling" if interrupt.at_once else "")
+                    bar.set_description_str("compiling" if interrupt.at_once else "", refresh=interrupt.at_once)
                     moved = _advance(stack, replicas, setting, step, stop, interrupt.check)
                     _check_finite(moved, replicas, setting, step, stop)
                     stack.params = moved
