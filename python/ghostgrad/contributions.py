@@ -19,7 +19,7 @@ from torch import Tensor
 from . import ops
 from .reference import accumulation_dtype
 
-__all__ = ["Contribution", "Full", "Gathered", "Outer", "Patches", "Rows", "inner"]
+__all__ = ["Arranged", "Contribution", "Full", "Gathered", "Outer", "Patches", "Rows", "inner"]
 
 _CHUNK = 1 << 21  # elements of unfolded patches that are formed at a time
 
@@ -245,6 +245,38 @@ class Patches(Contribution):
 
     def form(self) -> Any:
         return Patches, id(self)  # uses join by materialising
+
+
+@dataclass
+class Arranged(Contribution):
+    """Another contribution's gradients, reshaped and with their dimensions permuted: norms do not see that."""
+
+    of: Contribution
+    shape: Sequence[int]  # to which each gradient is reshaped
+    order: Sequence[int]  # in which its dimensions then come
+
+    @property
+    def batch_size(self) -> int:
+        return self.of.batch_size
+
+    def total(self) -> Tensor:
+        return self.of.total().reshape(*self.shape).permute(*self.order)
+
+    def materialise(self) -> Tensor:
+        return self.of.materialise().reshape(self.batch_size, *self.shape).permute(0, *(1 + i for i in self.order))
+
+    def sqnorm(self) -> Tensor:
+        return self.of.sqnorm()
+
+    def total_and_sqnorm(self) -> tuple[Tensor, Tensor]:
+        total, sqnorm = self.of.total_and_sqnorm()
+        return total.reshape(*self.shape).permute(*self.order), sqnorm
+
+    def form(self) -> Any:
+        return Arranged, self.of.form(), tuple(self.shape), tuple(self.order)
+
+    def join(self, others: Sequence[Arranged]) -> Arranged:
+        return replace(self, of=self.of.join([other.of for other in others]))
 
 
 def inner(x: Contribution, y: Contribution) -> Tensor | None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contributions import Full, Gathered, Patches
+from .contributions import Arranged, Full, Gathered, Outer, Patches
 from .errors import BatchCouplingError
 from .layout import PLAIN, Layout
 from .rules import Call, add, body, linear, mul, reference_call, register_rule
@@ -151,6 +151,50 @@ def embedding(
     return call.fuse(forward, backward, (input,), (weight,), layout)
 
 
+@register_rule(F.embedding_bag)
+def embedding_bag(
+    call: Call,
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """An embedding, then the sum, mean or maximum over each bag; bags given by offsets are one per sample."""
+    if not call.is_parameter(weight) or (per_sample_weights is not None and call.is_parameter(per_sample_weights)):
+        raise call.unsupported("only the table of an embedding bag may be a parameter")
+    batch_size = call.batch_size
+    if offsets is not None:  # ragged bags as rows of equal length, filled up with -1
+        ends = offsets[1:] if include_last_offset else torch.cat([offsets[1:], offsets.new_tensor([len(input)])])
+        starts = offsets[:-1] if include_last_offset else offsets
+        if len(starts) != batch_size:
+            raise call.unsupported(f"it has {len(starts)} bags for {batch_size} samples")
+        place = starts[:, None] + torch.arange(int((ends - starts).max()) if batch_size else 0, device=input.device)
+        inside = place < ends[:, None]
+        place = place.clamp_max(max(len(input) - 1, 0))
+        index = torch.where(inside, input[place], -1)
+        if per_sample_weights is not None:
+            per_sample_weights = per_sample_weights[place]
+    else:
+        call.layout(input)
+        index = input
+    kept = (index >= 0) if padding_idx is None else (index >= 0) & (index != padding_idx % weight.shape[0])
+    rows = embedding(call, call.mark(index.clamp_min(0), PLAIN), weight, None, max_norm, norm_type, scale_grad_by_freq, sparse)  # (B, n, d)
+    if mode == "max":
+        out = rows.masked_fill(~kept[..., None], -torch.inf).amax(1) if index.shape[1] else rows.sum(1)
+        return call.mark(out.masked_fill(~kept.any(1, keepdim=True), 0), PLAIN)
+    share = kept.to(rows.dtype) if per_sample_weights is None else kept * per_sample_weights
+    if mode == "mean":
+        share = share / kept.sum(1, keepdim=True).clamp_min(1)
+    return call.mark((rows * share[..., None]).sum(1), PLAIN)
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # Convolutions
 
@@ -268,6 +312,57 @@ def bilinear(call: Call, input1: Tensor, input2: Tensor, weight: Tensor, bias: T
     layout = call.layout(input1, input2)
     products = call.mark((input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2), layout)
     return linear(call, products, call.derive(lambda w: w.flatten(1), weight), bias)
+
+
+@register_rule(torch.einsum)
+def einsum(call: Call, equation: Any, *operands: Any, **kwargs: Any) -> Any:
+    """Two operands, one of them a parameter: an outer product over the summed and the free indices, one for each of the shared ones."""
+    tensors = operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
+    layout = propagated = None
+    if (
+        isinstance(equation, str)
+        and "->" in equation
+        and "." not in equation
+        and len(tensors) == 2
+        and call.is_parameter(tensors[0]) != call.is_parameter(tensors[1])
+    ):
+        left, out = equation.replace(" ", "").split("->")
+        terms = left.split(",")
+        if call.is_parameter(tensors[0]):
+            tensors, terms = tensors[::-1], terms[::-1]
+        (x, weight), (xs, ws) = tensors, terms
+        repeated = any(len(set(term)) < len(term) for term in (xs, ws, out))
+        layout = call.layout(x) if call.is_data(x) else None
+        shared = [i for i in ws if i in xs and i in out]
+        summed = [i for i in ws if i in xs and i not in out]
+        free = [i for i in ws if i not in xs]
+        alone = [i for i in xs if i not in ws and i not in out]
+        if layout is not None and not repeated and not alone and all(i in out for i in free) and xs[layout.dim] not in ws:
+            propagated = Layout(out.index(xs[layout.dim]), layout.outer, layout.inner)
+    if layout is None or propagated is None:
+        return reference_call(call, equation, *operands, **kwargs)
+    sample, batch_size = xs[layout.dim], call.batch_size
+    rest = [i for i in xs if i in out and i not in shared and i != sample]  # positions
+
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.einsum(f"{xs},{ws}->{out}", x, weight)
+
+    def backward(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Callable[[], Any], ...]:
+        def arranged(t: Tensor, term: str, own: list[str]) -> Tensor:
+            """(B, *shared, T, product of ``own``)"""
+            t = t.permute([term.index(i) for i in (sample, *shared, *rest, *own)])
+            t = t.unflatten(0, (layout.outer, batch_size, layout.inner)).movedim(1, 0)  # (B, outer, inner, *shared, *rest, *own)
+            t = t.movedim((1, 2), (1 + len(shared), 2 + len(shared)))
+            t = t.reshape(*t.shape[: 1 + len(shared)], t.shape[1 + len(shared) :].numel() // max(t.shape[t.dim() - len(own) :].numel(), 1), -1)
+            return t
+
+        def outer() -> Any:
+            a, b = arranged(x, xs, summed), arranged(g, out, free)
+            return Arranged(Outer(a, b), [weight.shape[ws.index(i)] for i in (*shared, *free, *summed)], [[*shared, *free, *summed].index(i) for i in ws])
+
+        return lambda: torch.einsum(f"{out},{ws}->{xs}", g, weight), outer
+
+    return call.fuse(forward, backward, (x,), (weight,), propagated)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

@@ -468,7 +468,8 @@ class Tap(TorchFunctionMode):
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > self.batch_dim]
         if not tensors:
             return
-        size = tensors[0].shape[self.batch_dim]
+        sizes = [t.shape[self.batch_dim] for t in tensors]
+        size = self._given_batch_size if self._given_batch_size in sizes else sizes[0]  # declared, it may be that of a later input (the offsets of bags)
         if self._pass.batch_size not in (None, size):
             raise TapStateError(
                 f"ghostgrad: the tap has batch size {self._pass.batch_size} and the model is called with {size} samples (dimension {self.batch_dim} of its "
