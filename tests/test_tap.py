@@ -11,6 +11,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -781,3 +783,66 @@ def test_compiled_model(mlp: tuple[nn.Module, Tensor, Tensor], backend: str) -> 
     with gg.tap(model) as tap:
         loss_fn(torch.compile(model, backend=backend)(x), target).backward()
     torch.testing.assert_close(tap.sqnorms(), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Sizes drawn at random
+
+
+def assert_exact(model: nn.Module, *inputs: Tensor) -> None:
+    model, target = model.double(), torch.randn(len(inputs[0]), dtype=torch.float64)
+    exact = loop_sqnorms(model, inputs, target)
+    for name, norm in gg.sqnorms(model, loss_fn, *inputs, target, by_param=True).items():
+        torch.testing.assert_close(norm, exact[name], rtol=1e-10, atol=1e-25)
+
+
+sizes = st.integers(1, 7)
+
+
+@settings(max_examples=30, deadline=None)
+@given(b=sizes, t=sizes, p=sizes, d=sizes, bias=st.booleans(), seed=st.integers(0, 99))
+def test_linear_of_any_size(b: int, t: int, p: int, d: int, bias: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    assert_exact(nn.Sequential(nn.Linear(p, d, bias), nn.Tanh(), nn.LayerNorm(d), nn.Linear(d, p, bias)), torch.randn(b, t, p, dtype=torch.float64))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    b=st.integers(1, 4),
+    dims=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    channels=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 2),
+    dilation=st.integers(1, 2),
+    transposed=st.booleans(),
+    size=st.integers(5, 7),
+    seed=st.integers(0, 99),
+)
+def test_convolution_of_any_shape(
+    b: int, dims: int, groups: int, channels: tuple[int, int], kernel: int, stride: int, padding: int, dilation: int, transposed: bool, size: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    kind = getattr(nn, f"Conv{'Transpose' if transposed else ''}{dims}d")
+    layer = kind(channels[0] * groups, channels[1] * groups, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    assert_exact(layer, torch.randn(b, channels[0] * groups, *(size + i for i in range(dims)), dtype=torch.float64))
+
+
+@settings(max_examples=20, deadline=None)
+@given(b=sizes, t=sizes, heads=st.integers(1, 3), width=st.integers(1, 3), time_major=st.booleans(), seed=st.integers(0, 99))
+def test_attention_of_any_size(b: int, t: int, heads: int, width: int, time_major: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    layer = nn.TransformerEncoderLayer(heads * width, heads, 5, 0.0, batch_first=not time_major)
+    wrapped = Lambda(lambda m, x: m.layer(x.transpose(0, 1)).transpose(0, 1) if time_major else m.layer(x))
+    wrapped.layer = layer
+    assert_exact(wrapped, torch.randn(b, t, heads * width, dtype=torch.float64))
+
+
+@settings(max_examples=20, deadline=None)
+@given(b=sizes, t=sizes, kind=st.sampled_from([nn.RNN, nn.GRU, nn.LSTM]), layers=st.integers(1, 2), both=st.booleans(), seed=st.integers(0, 99))
+def test_recurrent_of_any_size(b: int, t: int, kind: type[nn.RNNBase], layers: int, both: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    wrapped = Lambda(lambda m, x: m.layer(x)[0])
+    wrapped.layer = kind(3, 4, layers, batch_first=True, bidirectional=both)
+    assert_exact(wrapped, torch.randn(b, t, 3, dtype=torch.float64))

@@ -21,7 +21,7 @@ from .reference import accumulation_dtype
 
 __all__ = ["Arranged", "Contribution", "Full", "Gathered", "Outer", "Patches", "Rows", "inner"]
 
-_CHUNK = 1 << 21  # elements of unfolded patches that are formed at a time
+_CHUNK = 1 << 19  # elements of unfolded patches that are formed at a time
 
 
 class Contribution(ABC):
@@ -242,6 +242,12 @@ class Patches(Contribution):
     def sqnorm(self) -> Tensor:
         chunks = [self._outer(start, stop).sqnorm() for start, stop in self._chunks()]
         return torch.cat(chunks) if chunks else self.b.new_zeros(0)
+
+    def total_and_sqnorm(self) -> tuple[Tensor, Tensor]:
+        if self.groups > 1 or not self.batch_size:
+            return super().total_and_sqnorm()
+        parts = [Outer(o.a[:, 0], o.b[:, 0]).total_and_sqnorm() for o in (self._outer(start, stop) for start, stop in self._chunks())]
+        return sum((total for total, _ in parts[1:]), parts[0][0]).view(self._shape()), torch.cat([sqnorm for _, sqnorm in parts])
 
     def form(self) -> Any:
         return Patches, id(self)  # uses join by materialising

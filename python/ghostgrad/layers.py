@@ -418,7 +418,7 @@ def _fused_recurrent(call: Call, input: Tensor, hx: Any, flat: Any, *rest: Any) 
     biased, num_layers, dropout, training, bidirectional, batch_first = rest[:6]
     states = tuple(hx) if isinstance(hx, (list, tuple)) else (hx,)  # (layers * directions, B, H) each
     layout = call.layout(input)
-    if layout != Layout(0 if batch_first else 1) or input.dim() != 3:
+    if (layout != Layout(0 if batch_first else 1) and call.batch_size != 1) or input.dim() != 3:
         raise call.unsupported(
             f"its input of shape {tuple(input.shape)} must carry the samples along dimension {0 if batch_first else 1} (batch_first={batch_first})"
         )

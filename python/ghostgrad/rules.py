@@ -116,6 +116,8 @@ class _Expand(torch.autograd.Function):
         if ctx.rows:
             place: Layout = ctx.layout
             return Rows(g.sum_to_size(shape), place.dim - (g.dim() - len(shape)), place.outer, place.inner)
+        if ctx.batch_size == 1:
+            return Full(g.sum_to_size(shape)[None])
         layout: Layout = ctx.layout
         if layout == PLAIN:
             g = g.unsqueeze(1)  # (B, 1, *rest)
@@ -189,6 +191,8 @@ class Call:
         """Where the samples lie in ``tensors`` (those that carry samples must agree, aligned from the right). Raises if that is not known."""
         data = [t for t in tensors if self.is_data(t)]
         width = max(t.dim() for t in data)
+        if self.batch_size == 1:
+            data = [max(data, key=Tensor.dim)]
         layouts: list[AnyLayout] = []
         for t in data:
             layout = self.tap._layout_of(t)
@@ -222,7 +226,7 @@ class Call:
         """A parameter expanded to ``shape``, whose samples lie as ``layout`` says: after that it may be used like data, in any elementwise way."""
         p = self.tap._before_expansion(p)
         own = layout.dim - (len(shape) - p.dim())  # the parameter's dimension along which the samples run, if it has one there
-        rows = own >= 0 and p.shape[own] != 1
+        rows = own >= 0 and p.shape[own] != 1 and self.batch_size != 1
         if rows and (layout.outer, layout.inner) != (1, 1) and p.shape[own] != shape[layout.dim]:
             raise self.unsupported(f"its dimension {own} runs along samples and positions at once; use the parameter before flattening them")
         tensor, sink = self.tap._attach_use(p)
@@ -479,7 +483,7 @@ def cat(call: Call, tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> T
     dim = kwargs.pop("axis", dim)
     layout = call.layout(*tensors)
     dim = dim % tensors[0].dim()
-    if dim == layout.dim:
+    if dim == layout.dim and call.batch_size != 1:
         raise call.unsupported(f"it is joined along dimension {dim}, along which the samples lie")
     joined = [call.expand(t, t.shape, layout) if call.is_parameter(t) else t for t in tensors]
     return call.mark(torch.cat(joined, dim, **kwargs), layout)

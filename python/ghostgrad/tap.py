@@ -545,6 +545,8 @@ class Tap(TorchFunctionMode):
         for output in outputs:
             if not output.requires_grad:
                 trace.data[id(output)] = weakref.ref(output)
+        if batch_size == 1:
+            return  # see _layout_of
         plain = not trace.layouts and name not in FOLLOWED and not (name in ELEMENTWISE and len(data) > 1)
         if not plain or any(o.dim() == 0 or o.shape[0] != batch_size for o in outputs):
             inputs = [(t, self._layout_of(t)) for t in data]
@@ -634,6 +636,8 @@ class Tap(TorchFunctionMode):
         return not any(t.requires_grad for t in tensors if not self._is_tracked(t) and self._is_data(t))
 
     def _layout_of(self, t: Tensor) -> AnyLayout:
+        if self._pass.batch_size == 1 and t.dim():
+            return Layout(0, 1, t.shape[0])  # a single sample owns all there is, wherever it lies
         entry = self._trace.layouts.get(id(t))
         if entry is not None and entry[0]() is t:
             return entry[1]
@@ -646,7 +650,7 @@ class Tap(TorchFunctionMode):
     def _mark(self, t: Tensor, layout: AnyLayout) -> None:
         if not t.requires_grad and self._trace is not None:
             self._trace.data[id(t)] = weakref.ref(t)
-        if layout == PLAIN and t.dim() and t.shape[0] == self._pass.batch_size:
+        if self._pass.batch_size == 1 or (layout == PLAIN and t.dim() and t.shape[0] == self._pass.batch_size):
             self._trace.layouts.pop(id(t), None)
         else:
             self._trace.layouts[id(t)] = (weakref.ref(t), layout)
