@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import ghostgrad as gg
 from ghostgrad import rules
 from helpers import loop_sqnorms, loss_fn
-from models import B, D, Lambda, T
+from models import Attention, B, D, Lambda, T
 
 F64 = torch.float64
 
@@ -66,6 +67,30 @@ def test_penalty_is_differentiable(net: tuple[nn.Module, Tensor], num_probes: in
     expected = torch.func.grad(penalty)({name: p.detach() for name, p in model.named_parameters()})
     for g, e in zip(got, expected.values()):
         torch.testing.assert_close(torch.zeros_like(e) if g is None else g, e, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("build", [lambda: nn.Sequential(nn.Linear(D, 7), nn.Tanh(), nn.Linear(7, 3)), lambda: Attention(D, 2)], ids=["mlp", "attention"])
+def test_penalty_gradient_in_float32(build: Callable[[], nn.Module]) -> None:
+    """Against torch.func in float64: at most 1e-5, or twice torch.func's own error in float32."""
+    torch.manual_seed(0)
+    model, x, target = build(), torch.randn(B, T, D), torch.randn(B)
+
+    def penalty_gradient(dtype: torch.dtype) -> Tensor:
+        params = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
+
+        def single(p: dict[str, Tensor], x: Tensor, t: Tensor) -> Tensor:
+            return loss_fn(torch.func.functional_call(model, p, (x[None],)), t[None])
+
+        def penalty(p: dict[str, Tensor]) -> Tensor:
+            grads = torch.func.vmap(torch.func.grad(single), (None, 0, 0))(p, x.to(dtype), target.to(dtype))
+            return sum(g.square().sum() for g in grads.values()) / B
+
+        return torch.cat([g.flatten() for g in torch.func.grad(penalty)(params).values()]).double()
+
+    exact, plain = penalty_gradient(F64), penalty_gradient(torch.float32)
+    grads = torch.autograd.grad(gg.sqnorms(model, loss_fn, x, target, create_graph=True).mean(), list(model.parameters()), materialize_grads=True)
+    ours = torch.cat([g.flatten() for g in grads]).double()
+    assert (ours - exact).norm() / exact.norm() <= max(1e-5, 2 * (plain - exact).norm() / exact.norm())
 
 
 def test_probes_are_unbiased_and_their_errors_honest(net: tuple[nn.Module, Tensor]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from .errors import TapStateError
+from .errors import TapStateError, UnsupportedUseError
 from .tap import Tap
 
 __all__ = ["CheckReport", "CheckRow", "ProbedSqnorms", "check", "output_sqnorms", "sqnorms"]
@@ -48,8 +48,12 @@ def _run(tap: Tap, model: Callable[..., Any], inputs: tuple[Any, ...], create_gr
 def _backward(tap: Tap, scalar: Tensor, create_graph: bool, retain_graph: bool | None = None) -> dict[str, Tensor]:
     """The tap's norms for one scalar, without touching ``.grad`` and without forming weight gradients."""
     leaves = tap._pass.leaves
-    if not leaves or not scalar.requires_grad:
+    if not scalar.requires_grad:
         raise TapStateError("ghostgrad: the result does not depend on any of the tapped parameters")
+    if not leaves:
+        raise UnsupportedUseError(
+            "ghostgrad: no use of a tapped parameter was seen, although the result has a gradient; is it computed outside of torch's functions?"
+        )
     parameters = [p for _, p in tap._names.values()]
     # The parameters are asked for too: the tap returns nothing for them, so whatever arrives took a way around it, and the tap's hooks see that.
     grads = torch.autograd.grad(scalar, [*leaves.values(), *parameters], create_graph=create_graph, retain_graph=retain_graph, allow_unused=True)

@@ -430,7 +430,7 @@ class Tap(TorchFunctionMode):
         taps = _ACTIVE.taps
         self._open, self._pass, self._trace = True, _Pass(self._given_batch_size), taps[-1]._trace if taps else _Trace()
         if self._module is not None:
-            self._handles.append(self._module.register_forward_pre_hook(_input_hook(self), with_kwargs=True))
+            self._handles.append(self._module.register_forward_pre_hook(_input_hook(self), prepend=True, with_kwargs=True))
         for name, p in self._names.values():
             self._handles.append(p.register_hook(self._gradient_hook(name, p)))
         taps.append(self)
@@ -890,6 +890,12 @@ def _repeat_as_expand(x: Tensor, *sizes: Any, repeats: Any = None) -> Tensor | N
 def _named(target: Any, params: Iterable[Tensor | str] | None) -> dict[int, tuple[str, Tensor]]:
     """The parameters to track: ``{id: (name, parameter)}``, those that require a gradient."""
     if isinstance(target, nn.Module):
+        for name, module in target.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise UnsupportedUseError(
+                    f"ghostgrad.tap: module {name!r} is TorchScript ({type(module).__name__}), whose operations cannot be intercepted. Tap the Python module "
+                    "that it was made from; torch.compile works."
+                )
         named: dict[str, Tensor] = dict(target.named_parameters())
     elif isinstance(target, Mapping):
         named = dict(target)
@@ -902,8 +908,6 @@ def _named(target: Any, params: Iterable[Tensor | str] | None) -> dict[int, tupl
             raise TypeError(
                 f"ghostgrad.tap: the first argument must be a module, a tensor, or a collection or mapping of tensors; {name!r} is {type(p).__name__}"
             )
-        if p.is_complex():
-            raise UnsupportedUseError(f"ghostgrad.tap: parameter {name!r} is complex; only real parameters have norms here. Use torch.view_as_real on it.")
     if params is not None:
         chosen = list(params)
         unknown = [c for c in chosen if isinstance(c, str) and c not in named] + [
@@ -914,6 +918,13 @@ def _named(target: Any, params: Iterable[Tensor | str] | None) -> dict[int, tupl
         named = {name: p for name, p in named.items() if any(c is p or (isinstance(c, str) and c == name) for c in chosen)}
     tracked: dict[int, tuple[str, Tensor]] = {}
     for name, p in named.items():
+        if nn.parameter.is_lazy(p):
+            raise ValueError(f"ghostgrad.tap: parameter {name!r} of a lazy module has no shape yet; run the model on a batch once before it is tapped")
+        if p.requires_grad and p.is_complex():
+            raise UnsupportedUseError(
+                f"ghostgrad.tap: parameter {name!r} is complex, and only real parameters have norms here. Keep it as a real parameter and use "
+                "torch.view_as_complex on it, or leave it out (params=...)."
+            )
         if p.requires_grad:
             tracked.setdefault(id(p), (name, p))
     if not tracked:
