@@ -812,9 +812,11 @@ def test_compiled_model(mlp: tuple[nn.Module, Tensor, Tensor], backend: str) -> 
 def assert_exact(model: nn.Module, *inputs: Tensor) -> None:
     model, target = model.double(), torch.randn(len(inputs[0]), dtype=torch.float64)
     exact = loop_sqnorms(model, inputs, target)
-    rounding = sum(exact.values()) * torch.finfo(torch.float64).eps  # of a sample's whole norm; there is nothing to compare below it
+    # Rounding leaves some eps of the sample's whole gradient in the gradient of every parameter, also in one that cancels.
+    rounding = 64 * torch.finfo(torch.float64).eps * total(exact).sqrt()
     for name, norm in gg.sqnorms(model, loss_fn, *inputs, target, by_param=True).items():
-        assert ((norm - exact[name]).abs() <= 1e-10 * torch.maximum(exact[name], rounding)).all(), name
+        allowed = 1e-10 * exact[name] + 2 * exact[name].sqrt() * rounding + rounding**2
+        assert ((norm - exact[name]).abs() <= allowed).all(), name
 
 
 sizes = st.integers(1, 7)
