@@ -58,7 +58,8 @@ def _worker(rank: int, kind: str, port: int, folder: str) -> None:
         with gg.tap(model, by_param=True) as tap:
             F.mse_loss(model(x[mine]), y[mine]).backward()
     torch.save(dict(tap.sqnorms(by_param=True)), Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # the results are on disk; taking gloo's threads down sometimes aborts the process ("terminate called without an active exception")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -735,6 +735,24 @@ def test_registering_a_rule() -> None:
         rules._RULES.pop(scaled_linear)
 
 
+def test_a_rule_need_not_say_where_the_samples_lie() -> None:
+    from ghostgrad import rules
+
+    def halved(x: Tensor, weight: Tensor) -> Tensor:
+        if torch.overrides.has_torch_function((x, weight)):
+            out: Tensor = torch.overrides.handle_torch_function(halved, (x, weight), x, weight)
+            return out
+        return F.linear(x, weight) / 2
+
+    gg.register_rule(halved)(lambda call, x, weight: rules.linear(call, x, weight) / 2)
+    try:
+        torch.manual_seed(0)
+        model = Lambda(lambda m, x: torch.tanh(halved(halved(x.transpose(0, 1), m.w), m.v)).mean(0), w=(4, 4), v=(4, 4))
+        assert_exact(model, torch.randn(4, 4, 4, dtype=torch.float64))  # time-major, and all sizes equal
+    finally:
+        rules._RULES.pop(halved)
+
+
 def test_declared_samples() -> None:
     w = torch.randn(D, 5, dtype=torch.float64, requires_grad=True)
     tokens = torch.randn(B * T, D, dtype=torch.float64)  # flattened before the block

@@ -385,7 +385,7 @@ _MULTI_HEAD_ATTENTION = body(F.multi_head_attention_forward)
 @register_rule(F.multi_head_attention_forward)
 def multi_head_attention(call: Call, *args: Any, **kwargs: Any) -> Any:
     """Packed or separate projections, attention, output projection: torch's own code, each of its operations intercepted in turn."""
-    with call.tap.resumed():
+    with call.resumed():
         return _MULTI_HEAD_ATTENTION(*args, **kwargs)
 
 
@@ -424,7 +424,7 @@ def _fused_recurrent(call: Call, input: Tensor, hx: Any, flat: Any, *rest: Any) 
         )
     directions = 2 if bidirectional else 1
     per_cell = len(flat) // (num_layers * directions)
-    with call.tap.resumed():
+    with call.resumed():
         x = input if batch_first else input.transpose(0, 1)  # (B, T, p)
         last: list[tuple[Tensor, ...]] = []
         for layer in range(num_layers):
@@ -455,7 +455,7 @@ for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
 def _fused_cell(call: Call, input: Tensor, hx: Any, *weights: Tensor | None) -> Any:
     states = tuple(hx) if isinstance(hx, (list, tuple)) else (hx,)
     biased = len(weights) > 3 and weights[2] is not None
-    with call.tap.resumed():
+    with call.resumed():
         states = tuple(s if call.is_data(s) else call.mark(s, PLAIN) for s in states)
         projected = F.linear(input, weights[0], weights[2] if biased else None)  # type: ignore[arg-type]
         new = _cell(call.operation.removesuffix("_cell"), projected, states, weights[: 4 if biased else 2], biased)  # type: ignore[arg-type]

@@ -21,10 +21,11 @@ See :meth:`Call.fuse` for the two functions.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -157,6 +158,8 @@ class Call:
 
     def __init__(self, tap: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]):
         self.tap, self.func, self.args, self.kwargs = tap, func, args, kwargs
+        self.marked: list[Tensor] = []  # results of which it is said where the samples lie
+        self.followed = False  # the rule let the tap watch its operations, so it knows by itself
 
     @property
     def batch_size(self) -> int:
@@ -220,7 +223,15 @@ class Call:
     def mark(self, out: Tensor, layout: AnyLayout) -> Tensor:
         """Notes where the samples lie in a result."""
         self.tap._mark(out, layout)
+        self.marked.append(out)
         return out
+
+    @contextlib.contextmanager
+    def resumed(self) -> Iterator[None]:
+        """A block in which interception goes on, for rules that write an operation out in others."""
+        self.followed = True
+        with self.tap.resumed():
+            yield
 
     def expand(self, p: Tensor, shape: Sequence[int], layout: Layout) -> Tensor:
         """A parameter expanded to ``shape``, whose samples lie as ``layout`` says: after that it may be used like data, in any elementwise way."""

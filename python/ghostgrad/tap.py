@@ -580,7 +580,15 @@ class Tap(TorchFunctionMode):
                     continue
                 label = name if rule is not rules.reference_call else f"{name} (reference)"
                 root.uses[label] = root.uses.get(label, 0) + 1
-        return rule(Call(self, func, args, kwargs), *args, **kwargs)
+        call = Call(self, func, args, kwargs)
+        out = rule(call, *args, **kwargs)
+        if self._trace.layouts and not call.followed:  # what the rule does not say follows from the inputs
+            data = [(t, self._layout_of(t)) for t in leaves if not self._is_tracked(t) and self._is_data(t)]
+            silent = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and not any(t is marked for marked in call.marked)]
+            if silent and any(layout != PLAIN for _, layout in data) and self._pass.batch_size != 1:
+                for t, layout in zip(silent, propagate(func, name, data, args, kwargs, silent, self._pass.batch_size)):
+                    self._mark(t, layout)
+        return out
 
     # -- what a tensor is
 
