@@ -30,24 +30,12 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from helpers import loop_sqnorms, loss_fn
+from helpers import build, loop_sqnorms, loss_fn
 from models import CASES, Case
 
 TOLERANCE = 1e-3
 Inputs = tuple[Tensor, ...]
 Norms = Tensor | dict[str, Tensor]  # the sum over the parameters, or what each parameter that has a value got
-
-
-def build(case: Case) -> tuple[nn.Module, Inputs, Tensor]:
-    """The model, inputs and target that tests/test_tap.py gives to ghostgrad."""
-    torch.manual_seed(0)
-    model, inputs = case.build(), case.inputs()
-    with torch.no_grad():
-        model(*inputs)  # lazy modules
-        for p in model.parameters():
-            if p.dim() == 1:
-                p.add_(torch.randn_like(p) * 0.3)  # norm layers start at one and zero
-    return model, inputs, torch.randn(len(inputs[0]))
 
 
 class SumOfLosses(nn.Module):

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from models import Case
 
 
 def loss_fn(out: Tensor, target: Tensor) -> Tensor:
     """A smooth loss whose mean over the samples is the mean of single-sample losses; it hides nothing (no zero rows, no signs)."""
     return (out.flatten(1).square().mean(1) + (out.flatten(1) * target[:, None]).sin().mean(1)).mean()
-
-
-def double(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def loop_sqnorms(model: nn.Module, inputs: tuple[Tensor, ...], target: Tensor, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -33,3 +30,16 @@ def loop_sqnorms(model: nn.Module, inputs: tuple[Tensor, ...], target: Tensor, d
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
     return ((got.double() - exact).abs() / exact.clamp_min(1e-300)).max().item() if exact.numel() else 0.0
+
+
+def build(case: Case, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, tuple[Tensor, ...], Tensor]:
+    """A case's model, inputs and target, the same at every call."""
+    torch.manual_seed(0)
+    model, inputs = case.build(), case.inputs()
+    with torch.no_grad():
+        model(*inputs)  # lazy modules
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.add_(torch.randn_like(p) * 0.3)  # norm layers start at one and zero
+    inputs = tuple(t.to(dtype) if t.is_floating_point() else t for t in inputs)
+    return model.to(dtype), inputs, torch.randn(len(inputs[0])).to(dtype)

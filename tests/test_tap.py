@@ -18,20 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import ghostgrad as gg
-from helpers import loop_sqnorms, loss_fn, relative_error
+from helpers import build, loop_sqnorms, loss_fn, relative_error
 from models import CASES, B, Block, Case, D, Lambda, T, Transformer
-
-
-def build(case: Case, dtype: torch.dtype) -> tuple[nn.Module, tuple[Tensor, ...], Tensor]:
-    torch.manual_seed(0)
-    model, inputs = case.build(), case.inputs()
-    with torch.no_grad():
-        model(*inputs)  # lazy modules
-        for p in model.parameters():
-            if p.dim() == 1:
-                p.add_(torch.randn_like(p) * 0.3)  # norm layers start at one and zero
-    inputs = tuple(t.to(dtype) if t.is_floating_point() else t for t in inputs)
-    return model.to(dtype), inputs, torch.randn(len(inputs[0])).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
