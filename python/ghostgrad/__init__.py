@@ -10,6 +10,7 @@ torch.Size([8])
 import torch as torch  # its libraries must be loaded before the extension's
 
 from . import _C as _C
+from . import compiled as compiled
 from . import layers as layers
 from . import ops as ops
 from . import reference as reference

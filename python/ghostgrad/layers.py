@@ -319,13 +319,10 @@ def einsum(call: Call, equation: Any, *operands: Any, **kwargs: Any) -> Any:
     """Two operands, one of them a parameter: an outer product over the summed and the free indices, one for each of the shared ones."""
     tensors = operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
     layout = propagated = None
-    if (
-        isinstance(equation, str)
-        and "->" in equation
-        and "." not in equation
-        and len(tensors) == 2
-        and call.is_parameter(tensors[0]) != call.is_parameter(tensors[1])
-    ):
+    if isinstance(equation, str) and "->" not in equation:  # the indices that occur once, in alphabetical order
+        letters = equation.replace(" ", "").replace(",", "")
+        equation += "->" + "".join(sorted(i for i in set(letters) if letters.count(i) == 1))
+    if isinstance(equation, str) and "." not in equation and len(tensors) == 2 and call.is_parameter(tensors[0]) != call.is_parameter(tensors[1]):
         left, out = equation.replace(" ", "").split("->")
         terms = left.split(",")
         if call.is_parameter(tensors[0]):

@@ -243,8 +243,8 @@ def propagate(
     # Anything else: the samples must lie in the same place in every input (aligned from the right where the operation broadcasts), and be there
     # in the output.
     width = max(t.dim() for t, _ in inputs) if name in ELEMENTWISE or name in _PRODUCTS else 0
-    places = {(o.dim + max(width - t.dim(), 0), o.outer, o.inner) for t, o in inputs if isinstance(o, Layout)}
-    if len(places) > 1:
+    places = [(o.dim + max(width - t.dim(), 0), o.outer, o.inner) for t, o in inputs if isinstance(o, Layout)]
+    if any(place != places[0] for place in places):
         return [Mixed(f"'{name}' combines tensors in which the samples lie along different dimensions", coupled=True)] * len(outputs)
     widest, place = max(inputs, key=lambda pair: pair[0].dim())
     assert isinstance(place, Layout)

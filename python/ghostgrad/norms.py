@@ -47,7 +47,7 @@ def _run(tap: Tap, model: Callable[..., Any], inputs: tuple[Any, ...], create_gr
 
 def _backward(tap: Tap, scalar: Tensor, create_graph: bool, retain_graph: bool | None = None) -> dict[str, Tensor]:
     """The tap's norms for one scalar, without touching ``.grad`` and without forming weight gradients."""
-    leaves = tap._pass.leaves
+    leaves = tap._pass.sources()
     if not scalar.requires_grad:
         raise TapStateError("ghostgrad: the result does not depend on any of the tapped parameters")
     if not leaves:
@@ -105,10 +105,8 @@ def sqnorms(
     with torch.enable_grad(), _tapped(model, params, by_param=by_param, reduction=reduction, **options) as tap:
         loss = loss_fn(_run(tap, model, tuple(inputs), create_graph), target)
         if loss.dim() > 0:
-            if loss.shape != (tap._pass.batch_size,):
-                raise ValueError(
-                    f"ghostgrad.sqnorms: loss_fn must return a scalar or one loss per sample, ({tap._pass.batch_size},), got shape {tuple(loss.shape)}"
-                )
+            if loss.shape != (tap.batch_size,):
+                raise ValueError(f"ghostgrad.sqnorms: loss_fn must return a scalar or one loss per sample, ({tap.batch_size},), got shape {tuple(loss.shape)}")
             tap.reduction, loss = "sum", loss.sum()
         return _result(tap, _backward(tap, loss, create_graph), by_param, create_graph)
 
@@ -152,7 +150,7 @@ def output_sqnorms(
         raise ValueError(f"ghostgrad.output_sqnorms: num_probes must be at least 1, got {num_probes}")
     with torch.enable_grad(), _tapped(model, params, by_param=by_param, reduction="sum", **options) as tap:
         out = _run(tap, model, inputs, create_graph)
-        batch_size = tap._pass.batch_size
+        batch_size = tap.batch_size
         if not isinstance(out, Tensor) or out.dim() == 0 or out.shape[0] != batch_size:
             found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise TypeError(f"ghostgrad.output_sqnorms: the model must return a tensor with the {batch_size} samples first, got {found}; wrap it in a function")
@@ -166,8 +164,7 @@ def output_sqnorms(
             seeds, count = ((flat * sign).sum() for sign in signs), num_probes
         draws = []
         for i, scalar in enumerate(seeds):
-            for node in tap._pass.nodes.values():
-                node.collected = None  # one backward per output, read one by one
+            tap._pass.expect_backward()  # one per output, read one by one
             draws.append(_backward(tap, scalar, create_graph, retain_graph=create_graph or i + 1 < count))
         if not draws:
             raise ValueError("ghostgrad.output_sqnorms: the model's output has no elements")

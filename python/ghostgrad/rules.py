@@ -436,6 +436,8 @@ def matmul(call: Call, input: Tensor, other: Tensor, **kwargs: Any) -> Any:
         matrix = call.tap._before_expansion(other)  # one matrix expanded over the samples
         if matrix is not other and other.dim() == 3 and input.dim() == 3 and call.layout(input) == PLAIN and (matrix.dim() == 2 or matrix.shape[0] == 1):
             return _product(call, input, matrix if matrix.dim() == 2 else call.derive(lambda w: w[0], matrix), None, transposed=True)
+        if other.dim() > 2 and input.dim() > other.dim() and (layout := call.layout(input)).dim < input.dim() - other.dim():
+            return _stacked(call, input, other, layout)
     elif call.is_parameter(input) and call.is_data(other) and input.dim() == 2 and other.dim() >= 2:
         # W @ x = (x^T W^T)^T
         layout, last = call.layout(other), other.dim() - 1
@@ -444,6 +446,21 @@ def matmul(call: Call, input: Tensor, other: Tensor, **kwargs: Any) -> Any:
         out = _product(call, call.mark(other.mT, turned), input, None, transposed=False)
         return call.mark(out.mT, layout)
     return reference_call(call, input, other)
+
+
+def _stacked(call: Call, x: Tensor, weight: Tensor, layout: Layout) -> Any:
+    """``x @ W`` with a stack of matrices, one for each head, say: (..., h, t, p) @ (h, p, d), where x may have h = 1."""
+    lead, stack = x.dim() - weight.dim(), weight.dim() - 2
+    letters = "abcdefghijklmnopqrstuvw"[: x.dim() - 1]  # of all dimensions of x but the last, which is z; the new one is y
+    broadcast = [i for i in range(lead, lead + stack) if x.shape[i] == 1 != weight.shape[i - lead]]
+    if any(weight.shape[i - lead] == 1 != x.shape[i] for i in range(lead, lead + stack)):
+        return reference_call(call, x, weight)
+    kept = "".join(letter for i, letter in enumerate(letters) if i not in broadcast)
+    equation = f"{kept}z,{letters[lead : lead + stack]}zy->{letters}y"
+    squeezed = call.mark(x.squeeze(broadcast), layout) if broadcast else x
+    rule = rule_for(torch.einsum)
+    assert rule is not None
+    return rule(Call(call.tap, torch.einsum, (equation, squeezed, weight), {}), equation, squeezed, weight)
 
 
 @register_rule(torch.Tensor.__rmatmul__)
@@ -535,11 +552,16 @@ def reference_call(call: Call, *args: Any, **kwargs: Any) -> Any:
         filled_args, filled_kwargs = pytree.tree_unflatten([values.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
         return call.func(*filled_args, **filled_kwargs)
 
-    rng = torch.get_rng_state()
+    rng = None if call.tap.traced else torch.get_rng_state()
     plain, plain_spec = pytree.tree_flatten(run({}))
-    random = not torch.equal(rng, torch.get_rng_state())
     if not any(isinstance(t, Tensor) and t.requires_grad for t in plain):  # a comparison, say: nothing flows back
         return pytree.tree_unflatten(plain, plain_spec)
+    if rng is None:
+        raise call.unsupported(
+            "it has no fused rule, and under torch.compile there are no values on which to check the reference path. Register a rule (gg.register_rule), "
+            "or leave this model uncompiled"
+        )
+    random = not torch.equal(rng, torch.get_rng_state())
     plain = [t.detach() if isinstance(t, Tensor) else t for t in plain]
     copies = sum(batch_size * leaves[i].numel() * leaves[i].element_size() for i in parameters)
     call.tap._admit(call.names(), f"'{call.operation}'", copies)

@@ -16,6 +16,7 @@ collector has been reached behind the tap's back: both are errors. Nothing is dr
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import warnings
 import weakref
@@ -24,12 +25,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
 from . import ops, rules
 from .contributions import Contribution, Full, inner
-from .errors import TapStateError, UnsupportedUseError
+from .errors import GhostgradError, TapStateError, UnsupportedUseError
 from .layout import ELEMENTWISE, FOLLOWED, PLAIN, AnyLayout, Layout, Mixed, propagate
 from .reference import accumulation_dtype
 from .rules import Call, writes_in_place
@@ -84,6 +85,7 @@ class _View(NamedTuple):
 
 
 _Pending = tuple[Contribution, _View | None]
+_POOL = "(compiled)"  # not a parameter's name
 
 
 class _Pass:
@@ -101,6 +103,23 @@ class _Pass:
         self.repeated: set[str] = set()  # parameters that more than one backward reached
         self.bypassed: set[str] = set()
         self.norms: dict[str, Tensor] | None = None
+        self.regions: Any = None  # of compiled code: see ghostgrad.compiled
+
+    def expect_backward(self) -> None:
+        """Another backward will be read apart from those before it."""
+        for node in self.nodes.values():
+            node.collected = None
+        if self.regions is not None:
+            self.regions.backwards = 0
+
+    @property
+    def compiled(self) -> bool:
+        """True if compiled code has run under the tap."""
+        return self.regions is not None and self.regions.batch_size is not None
+
+    def sources(self) -> dict[str, Tensor]:
+        """The tensors whose gradients are the norms: the leaves by key, and what compiled code has instead of them."""
+        return {**self.leaves, _POOL: self.regions.pool} if self.compiled else self.leaves
 
     def close(self) -> None:
         """Lets gradients through from now on, and frees what the graph would otherwise keep alive in a cycle."""
@@ -147,8 +166,14 @@ class _Node:
         return set().union(*(node.roots() for _, node, _ in self.parents))
 
 
+def _static(t: Tensor) -> Tensor:
+    """A tensor of known sizes: batched VJPs cannot be compiled for symbolic ones, so the graph is specialised to those at hand."""
+    return t if all(isinstance(n, int) for n in t.shape) else t.reshape([int(n) for n in t.shape])
+
+
 def _pull_back(view: _View, grad: Tensor, batched: bool = False) -> Tensor:
     """The vector-Jacobian product of a view, for one gradient or for a batch of them."""
+    grad = _static(grad) if batched else grad
     (pulled,) = torch.autograd.grad(
         view.tensor, view.root, grad.to(view.tensor.dtype), retain_graph=True, create_graph=torch.is_grad_enabled(), is_grads_batched=batched
     )
@@ -208,7 +233,7 @@ class _LeafNode(_Node):
 
     def __init__(self, owner: _Pass, name: str, source: Tensor, leaf: Tensor, admit: Callable[[int], None], want_grad: bool, outer: _LeafNode | None):
         self.key, self.leaf, self.outer, self.want_grad, self.admit = id(source), leaf, outer, want_grad, admit
-        self.returned: tuple[int, int] | None = None  # identity of the gradient that was handed out
+        self.returned: tuple[Any, ...] | None = None  # identity of the gradient that was handed out
         self.collected: int | None = None  # the backward pass that reached this parameter
         super().__init__(owner, name, source if outer is None else outer.attached, leaf)
 
@@ -277,7 +302,7 @@ class _DerivedNode(_Node):
     def collect(self) -> tuple[None, None]:
         contributions = self.take()
         if contributions:
-            per_sample = _materialise(contributions).to(self.dtype)  # (B, *shape)
+            per_sample = _static(_materialise(contributions).to(self.dtype))  # (B, *shape)
             pulled = torch.autograd.grad(
                 self.source,
                 [tensor for tensor, _, _ in self.parents],
@@ -296,7 +321,7 @@ class _DerivedNode(_Node):
 def _box(view: _View, root: Tensor) -> list[tuple[int, int]] | None:
     """The range of indices, per dimension of ``root``, that a view covers; None if that cannot be told (then it counts as everything)."""
     t = view.tensor
-    if t.numel() == root.numel() or t.untyped_storage().data_ptr() != root.untyped_storage().data_ptr():
+    if t.numel() == root.numel() or _memory(t) != _memory(root):
         return None
     strides = root.stride()
     order = sorted((d for d in range(root.dim()) if root.size(d) > 1), key=lambda d: -strides[d])
@@ -382,6 +407,10 @@ def _is(ref: weakref.ref[Tensor] | None, t: Tensor) -> bool:
 class Tap(TorchFunctionMode):
     """Per-sample squared gradient norms of what runs inside its block. Made by :func:`tap`, which documents the arguments."""
 
+    traced = False  # what runs has shapes but no values: it is being compiled
+    _make_regions: Callable[[Tap], Any]  # both are set by ghostgrad.compiled, which stands after this module
+    _make_stand_in: Callable[[nn.Module], Any]
+
     def __init__(
         self,
         target: nn.Module | Tensor | Mapping[str, Tensor] | Iterable[Tensor],
@@ -402,6 +431,7 @@ class Tap(TorchFunctionMode):
             raise ValueError(f"ghostgrad.tap: batch_size must not be negative, got {batch_size}")
         self.by_param, self.reduction, self.expand_limit, self.batch_dim = by_param, reduction, expand_limit, batch_dim
         self._module = target if isinstance(target, nn.Module) else None
+        self._entry = getattr(target, "_orig_mod", self._module)  # the module whose call says what the batch is
         self._names = _named(target, params)  # id -> (name, parameter)
         self._wide = any(p.dtype == torch.float64 for _, p in self._names.values())
         if any(hasattr(p, "to_local") for _, p in self._names.values()):
@@ -428,9 +458,11 @@ class Tap(TorchFunctionMode):
         if self._open:
             raise TapStateError("ghostgrad: this tap's block is open already; make another tap for a nested block")
         taps = _ACTIVE.taps
-        self._open, self._pass, self._trace = True, _Pass(self._given_batch_size), taps[-1]._trace if taps else _Trace()
-        if self._module is not None:
-            self._handles.append(self._module.register_forward_pre_hook(_input_hook(self), prepend=True, with_kwargs=True))
+        self._open, self._pass, self._trace = True, self._new_pass(), taps[-1]._trace if taps else _Trace()
+        if self._entry is not None:
+            self._handles.append(self._entry.register_forward_pre_hook(_input_hook(self), prepend=True, with_kwargs=True))
+            if "forward" not in vars(self._entry):
+                self._handles.append(type(self)._make_stand_in(self._entry))
         for name, p in self._names.values():
             self._handles.append(p.register_hook(self._gradient_hook(name, p)))
         taps.append(self)
@@ -438,6 +470,11 @@ class Tap(TorchFunctionMode):
         return self
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        while _ACTIVE.taps[-1] is not self:  # a compilation that failed has left its tap open
+            _ACTIVE.taps.pop()
+        modes = _get_current_function_mode_stack()
+        for mode in reversed(modes[modes.index(self) + 1 :] if self in modes else ()):
+            TorchFunctionMode.__exit__(mode, None, None, None)
         super().__exit__(exc_type, exc_value, traceback)
         _ACTIVE.taps.remove(self)
         for handle in self._handles:
@@ -445,6 +482,8 @@ class Tap(TorchFunctionMode):
         self._handles.clear()
         self._pass.close()
         self._trace, self._open = _Trace(), False
+        if isinstance(inner_error := getattr(exc_value, "inner_exception", None), GhostgradError):
+            raise inner_error from exc_value  # the compiler's error wraps ours
 
     @contextlib.contextmanager
     def resumed(self) -> Iterator[None]:
@@ -455,11 +494,22 @@ class Tap(TorchFunctionMode):
         finally:
             super().__exit__(None, None, None)
 
+    @property
+    def batch_size(self) -> int | None:
+        """B, once it is known."""
+        return self._pass.regions.batch_size if self._pass.compiled else self._pass.batch_size
+
     def reset(self) -> None:
         """Forgets the last pass, for another one in the same block. Calling the tapped module after the norms were read does it by itself."""
         self._pass.close()
         self._trace.forget(self._pass)
-        self._pass = _Pass(self._given_batch_size)
+        self._pass = self._new_pass()
+
+    def _new_pass(self) -> _Pass:
+        new = _Pass(self._given_batch_size)
+        if self._entry is not None and "torch._dynamo" in sys.modules:  # this process may compile; if not, it costs nothing
+            new.regions = type(self)._make_regions(self)
+        return new
 
     def _see_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The tapped module is called: its inputs carry the samples."""
@@ -489,6 +539,8 @@ class Tap(TorchFunctionMode):
         node = self._pass.nodes.get(key)
         while node is not None and node.outer is not None and node.outer.owner.armed:
             node = node.outer
+        if node is None and self._pass.compiled and key in self._pass.regions.covered:
+            return
         if node is None or node.returned != _identity(grad):
             self._pass.bypassed.add(name)
 
@@ -496,6 +548,8 @@ class Tap(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_dynamo_compiling():  # records the user's operations as they are; ghostgrad.compiled is there when they are differentiated
+            return args[0].unflatten(*args[1:], **kwargs) if func is Tensor.unflatten else func(*args, **kwargs)  # which it cannot follow as a function
         if _ACTIVE.taps[-1] is not self:  # the innermost tap serves all
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
@@ -504,7 +558,7 @@ class Tap(TorchFunctionMode):
             if name not in _TENSOR_PROPERTIES:
                 return func(*args, **kwargs)
         elif name in _PASSIVE:
-            return self._backward(func, args, kwargs) if self._pass.recomputes and name in ("backward", "grad") else func(*args, **kwargs)
+            return self._backward(func, args, kwargs) if name in ("backward", "grad") else func(*args, **kwargs)
         tensors = _tensors(args, kwargs)
         self._pass.recomputes |= torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         if torch.is_grad_enabled():
@@ -522,7 +576,10 @@ class Tap(TorchFunctionMode):
     def _backward(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Backward over a checkpointed forward: what it recomputes must take the same way as before, so interception goes on. Only recomputation runs torch
         functions with gradients enabled there, unless the backward itself is recorded; then this is left alone, and the checkpoint raises."""
-        if kwargs.get("create_graph"):
+        if self._pass.compiled:
+            roots = args[0] if args else kwargs["outputs"]
+            self._pass.regions.read_graph([roots] if isinstance(roots, Tensor) else roots)
+        if not self._pass.recomputes or kwargs.get("create_graph"):
             return func(*args, **kwargs)
         before, self._pass.recomputing = self._pass.recomputing, True
         try:
@@ -783,12 +840,14 @@ class Tap(TorchFunctionMode):
         _, node, view = self._trace.derived.get(id(t), (None, None, None))
         if view is None or node is None or view.tensor.dim() != 2 or view.root.dim() != 2 or view.tensor.dtype != view.root.dtype:
             return None
-        same = view.tensor.untyped_storage().data_ptr() == view.root.untyped_storage().data_ptr()
+        same = _memory(view.tensor) == _memory(view.root)
         turned = view.tensor.shape == view.root.shape[::-1] and view.tensor.stride() == view.root.stride()[::-1]
         return view.root if same and turned else None
 
-    def _admit(self, names: str, operation: str, copies: int) -> None:
+    def _admit(self, names: str, operation: str, copies: Any) -> None:
         """Warns once of copies of a parameter for each sample; refuses those that do not fit."""
+        if not isinstance(copies, int):  # of symbolic sizes: those at hand decide
+            copies = copies.node.hint
         size = f"{copies / 2**20:.1f} MiB" if copies < 1 << 30 else f"{copies / 2**30:.2f} GiB"
         if copies > self.expand_limit:
             raise UnsupportedUseError(
@@ -817,36 +876,54 @@ class Tap(TorchFunctionMode):
         """
         if by_param and not self.by_param:
             raise TapStateError("ghostgrad: norms by parameter must be asked for when the tap is made: gg.tap(..., by_param=True)")
-        if self._pass.norms is None:
-            self._pass.norms = self._read({key: leaf.grad for key, leaf in self._pass.leaves.items()})
-            self._pass.armed = False  # a backward through these norms lets gradients pass
+        if self._pass.norms is None or (self._open and self._pass.compiled):
+            norms = self._read({key: leaf.grad for key, leaf in self._pass.sources().items()})
+            if self._open and self._pass.compiled:
+                self.reset()  # compiled code cannot do it when it is called next
+            else:
+                self._pass.armed = False  # a backward through these norms lets gradients pass
+            self._pass.norms = norms
         norms = self._pass.norms
+        assert norms is not None
         if by_param:
             return dict(norms)
         return norms[""] if not self.by_param else torch.stack([norm.to(next(iter(norms.values()))) for norm in norms.values()]).sum(0)
 
+    def _bypassed(self) -> UnsupportedUseError:
+        return UnsupportedUseError(
+            f"ghostgrad: parameter {', '.join(map(repr, sorted(self._pass.bypassed)))} received a gradient that did not pass through the tap: from a custom "
+            "autograd.Function, an extension's kernel, a part of the model that was compiled on its own (compile the module that is tapped), a forward that "
+            "was recomputed (checkpointed) outside the tap, or a function of the parameter computed before the block or before the model was called. Write "
+            "that use with torch functions inside the block, or take the parameter out of the tap (gg.tap(model, params=...))."
+        )
+
     def _read(self, grads: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         now = self._pass
+        if now.regions is not None and now.regions.refusal is not None:
+            raise TapStateError(f"ghostgrad: a compiled call of the tapped module {now.regions.refusal}")
         if now.bypassed:
-            raise UnsupportedUseError(
-                f"ghostgrad: parameter {', '.join(map(repr, sorted(now.bypassed)))} received a gradient that did not pass through the tap: from a custom "
-                "autograd.Function, an extension's kernel, a forward that was recomputed (checkpointed) outside the tap, or a function of the parameter "
-                "computed before the block or before the model was called. Write that use with torch functions inside the block, or take the parameter out "
-                "of the tap (gg.tap(model, params=...))."
-            )
-        if now.repeated:
+            raise self._bypassed()
+        if now.repeated or (now.compiled and now.regions.backwards > 1):
+            reached = f"parameter {', '.join(map(repr, sorted(now.repeated)))}" if now.repeated else "the compiled model"
             raise TapStateError(
-                f"ghostgrad: more than one backward pass reached parameter {', '.join(map(repr, sorted(now.repeated)))} in one tap, and the norm of a sum "
-                "is not the sum of the norms. Add the losses and call backward once, or use one block per backward."
+                f"ghostgrad: more than one backward pass reached {reached} in one tap, and the norm of a sum is not the sum of the norms. Add the losses and "
+                "call backward once, or use one block per backward."
             )
         if all(grad is None for grad in grads.values()):
             raise TapStateError("ghostgrad: there are no norms yet: loss.backward() has to run inside the tap's block, and the loss to use a tapped parameter")
-        scale = (now.batch_size or 0) ** 2 if self.reduction == "mean" else 1
-        norms = {key: torch.zeros_like(leaf, requires_grad=False) if (grad := grads[key]) is None else grad * scale for key, leaf in now.leaves.items()}
-        if not self.by_param:
-            return norms
-        zeros = {n: torch.zeros(now.batch_size or 0, dtype=accumulation_dtype(p.dtype), device=p.device) for n, p in self._names.values() if n not in norms}
-        return {name: norms[name] if name in norms else zeros[name] for name, _ in self._names.values()}
+        batch_size = self.batch_size or 0
+        scale = batch_size**2 if self.reduction == "mean" else 1
+        pooled = grads.get(_POOL)  # (K, at least B)
+        parameters = [p for _, p in self._names.values()]
+        norms = {}
+        for row, (key, p) in enumerate(zip([name for name, _ in self._names.values()], parameters) if self.by_param else [("", parameters[0])]):
+            dtype = accumulation_dtype(p.dtype) if self.by_param or not self._wide else torch.float64
+            norm = grads.get(key)
+            if pooled is not None:
+                part = pooled[row, :batch_size].to(p.device, dtype)
+                norm = part if norm is None else norm + part
+            norms[key] = torch.zeros(batch_size, dtype=dtype, device=p.device) if norm is None else norm * scale
+        return norms
 
     def uses(self) -> dict[str, dict[str, int]]:
         """Per parameter, the operations that used it in the last pass and how often."""
@@ -858,22 +935,30 @@ def _input_hook(tap: Tap) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any
     ref = weakref.ref(tap)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            return
         tap = ref()
-        if tap is not None and tap._open and module is tap._module:
+        if tap is not None and tap._open and module is tap._entry:
             tap._see_input(args, kwargs)
 
     return hook
 
 
-def _identity(grad: Tensor) -> tuple[int, int]:
-    """Address and version of a gradient's memory: equal for the same gradient that nothing was added to."""
+def _memory(t: Tensor) -> int:
+    """The identity of a tensor's storage; unlike an address, tensors without data have one."""
+    return t.untyped_storage()._cdata
+
+
+def _identity(grad: Tensor) -> tuple[Any, ...]:
+    """Place and version of a gradient's memory: equal for the same gradient that nothing was added to."""
     memory = grad._values() if grad.is_sparse else grad.to_local() if hasattr(grad, "to_local") else grad
-    return memory.data_ptr(), grad._version
+    return _memory(memory), memory.storage_offset(), grad._version
 
 
 def _geometry(t: Tensor) -> tuple[Any, ...]:
-    """Which elements of which memory a tensor shows, and how."""
-    return t.dtype, t.data_ptr(), t.size(), t.stride()
+    """Which elements of which memory a tensor shows, and how. Hashable."""
+    sizes = (t.storage_offset(), *t.size(), *t.stride())
+    return t.dtype, _memory(t), *(n if isinstance(n, int) else n.node.expr for n in sizes)  # a symbolic size is not hashable, its expression is
 
 
 def _shows_elements(out: Tensor, root: Tensor, name: str) -> bool:
@@ -881,7 +966,7 @@ def _shows_elements(out: Tensor, root: Tensor, name: str) -> bool:
     return (
         name not in _OVERLAPPING
         and out.dtype == root.dtype
-        and out.untyped_storage().data_ptr() == root.untyped_storage().data_ptr()
+        and _memory(out) == _memory(root)
         and all(stride != 0 or size == 1 for size, stride in zip(out.size(), out.stride()))
     )
 
