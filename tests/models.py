@@ -111,6 +111,20 @@ def _assigned(m: Lambda, x: Tensor) -> Tensor:
     return torch.tanh(y @ m.w)
 
 
+def _complex(x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+
+
+def _conjugate(m: Lambda, x: Tensor) -> Tensor:
+    w = torch.view_as_complex(m.w)
+    return (_complex(x) @ w @ w.conj() + _complex(x) * w.conj()[0]).abs()
+
+
+def _adjoint(m: Lambda, x: Tensor) -> Tensor:
+    w = torch.view_as_complex(m.w)
+    return torch.view_as_real(_complex(x) @ w @ w.mH).flatten(-2)
+
+
 @dataclass(frozen=True)
 class Case:
     name: str
@@ -335,6 +349,21 @@ CASES = [
     Case("windows", lambda: Lambda(_windows, w=(5, D)), lambda: (torch.randn(B, 4, 4, D),)),
     Case("heads folded into the batch", lambda: Lambda(_heads, w=(3 * D, D), c=(3 * D,), o=(D, D)), sequence()),
     Case("two inputs", lambda: Lambda(lambda m, x, z: torch.tanh(x @ m.w) * z.mean(1), w=(D, D)), lambda: (torch.randn(B, D), torch.randn(B, T, D))),
+    # Complex arithmetic on real parameters
+    Case(
+        "complex weight", lambda: Lambda(lambda m, x: torch.view_as_real(_complex(x) @ torch.view_as_complex(m.w)).flatten(-2), w=(3, 3, 2)), sequence(), True
+    ),
+    Case("complex weight and its conjugate", lambda: Lambda(_conjugate, w=(3, 3, 2)), flat(), True),
+    Case("complex weight, adjoint", lambda: Lambda(_adjoint, w=(3, 2, 2)), sequence(), True),
+    Case(
+        "complex einsum",
+        lambda: Lambda(lambda m, x: torch.einsum("btp,pd->btd", _complex(x), torch.complex(m.a, m.b)).abs(), a=(3, 2), b=(3, 2)),
+        sequence(),
+        True,
+    ),
+    Case("complex conv", lambda: Lambda(lambda m, x: F.conv1d(_complex(x).mT, torch.view_as_complex(m.w)).abs(), w=(2, 3, 2, 2)), sequence(), True),
+    Case("Fourier transform of a weight", lambda: Lambda(lambda m, x: (torch.fft.rfft(x) * torch.fft.rfft(m.w)).abs(), w=(D,)), sequence(), True),
+    Case("phases", lambda: Lambda(lambda m, x: (_complex(x) * torch.polar(m.r.abs(), m.a)).real, r=(3,), a=(3,)), sequence(), True),
     # Sizes that coincide: batch = positions = features
     Case("all sizes equal", lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), sequence(4, 4, 4)),
     Case("equal sizes, positions", lambda: Lambda(lambda m, x: torch.tanh(x + m.p) * m.s, p=(4, 4), s=(4,)), sequence(4, 4, 4)),

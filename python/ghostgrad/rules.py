@@ -385,10 +385,11 @@ def _product(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, transpo
 
     def backward(g: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Callable[[], Any], ...]:
         def outer() -> Outer:
-            a, b = to_samples(x, layout, batch_size), to_samples(g, layout, batch_size)  # (B, T, p), (B, T, d)
+            a, b = to_samples(x.conj(), layout, batch_size), to_samples(g, layout, batch_size)  # (B, T, p), (B, T, d)
             return Outer(b, a) if transposed else Outer(a, b)
 
-        return lambda: g @ (weight.t() if transposed else weight), outer, lambda: Full(to_samples(g, layout, batch_size).sum(1))
+        # conj is the identity on real tensors; complex weights are functions of real parameters
+        return lambda: g @ (weight.t() if transposed else weight).conj(), outer, lambda: Full(to_samples(g, layout, batch_size).sum(1))
 
     weight_tracked = call.is_parameter(weight)
     if not weight_tracked or (bias is not None and (not call.is_parameter(bias) or bias.dim() != 1)):

@@ -880,7 +880,7 @@ def _shows_elements(out: Tensor, root: Tensor, name: str) -> bool:
     """True if ``out`` is a view of elements of ``root``, each at most once."""
     return (
         name not in _OVERLAPPING
-        and out.dtype == root.dtype
+        and (out.dtype, out.is_conj(), out.is_neg()) == (root.dtype, root.is_conj(), root.is_neg())
         and out.untyped_storage().data_ptr() == root.untyped_storage().data_ptr()
         and all(stride != 0 or size == 1 for size, stride in zip(out.size(), out.stride()))
     )
