@@ -22,9 +22,7 @@ See :meth:`Call.fuse` for the two functions.
 from __future__ import annotations
 
 import contextlib
-import math
 import types
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -37,7 +35,7 @@ from . import ops
 from .contributions import Contribution, Full, Outer, Rows
 from .errors import BatchCouplingError, UnsupportedUseError
 from .layout import ELEMENTWISE, PLAIN, AnyLayout, Layout, Mixed, propagate, to_samples
-from .reference import accumulation_dtype
+from .samplewise import agree, map_samples
 
 __all__ = ["Call", "expand_tap", "linear", "reference_call", "register_rule", "rule_for"]
 
@@ -560,15 +558,9 @@ def reference_call(call: Call, *args: Any, **kwargs: Any) -> Any:
     if batch_size == 0:
         raise call.unsupported("an empty batch cannot take the reference path")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # vmap's own advice on operations that it maps slowly
-            results = torch.vmap(single, randomness="different")(*split.values())
-    except Exception:
-        try:
-            rows = [single(*(t[i] for t in split.values())) for i in range(batch_size)]
-        except Exception as error:
-            raise call.unsupported(f"the operation does not run on single samples ({type(error).__name__}: {error})") from error
-        results = [torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in zip(*rows)]
+        results = map_samples(single, list(split.values()), batch_size)
+    except Exception as error:
+        raise call.unsupported(f"the operation does not run on single samples ({type(error).__name__}: {error})") from error
 
     outputs = []
     for result, whole in zip(results, plain):
@@ -577,7 +569,7 @@ def reference_call(call: Call, *args: Any, **kwargs: Any) -> Any:
             continue
         layout = _output_layout(call, result.shape[1:], whole.shape, batch_size)
         merged = result.unflatten(layout.dim + 1, (layout.outer, layout.inner)).movedim(0, layout.dim + 1).flatten(layout.dim, layout.dim + 2)
-        if not random and not _agree(merged.detach(), whole):
+        if not random and not agree(merged.detach(), whole):
             raise call.unsupported("run on single samples it gives another result than on the batch, so it mixes samples or another dimension holds them")
         outputs.append(call.mark(merged, layout))
     return pytree.tree_unflatten(outputs, plain_spec)
@@ -592,11 +584,3 @@ def _output_layout(call: Call, single: torch.Size, whole: torch.Size, batch_size
         if len(longer) == 1 and whole[longer[0]] == batch_size * single[longer[0]]:
             return Layout(longer[0], 1, single[longer[0]])
     raise call.unsupported(f"its result has shape {tuple(whole)} for the batch and {tuple(single)} for one sample, so the samples' parts cannot be told apart")
-
-
-def _agree(x: Tensor, y: Tensor) -> bool:
-    if not x.is_floating_point():
-        return torch.equal(x, y)
-    eps = torch.finfo(accumulation_dtype(x.dtype) if x.dtype == torch.float64 else x.dtype).eps
-    scale = y.abs().nan_to_num(0, 0, 0).amax().item() if y.numel() else 0.0
-    return torch.allclose(x, y, rtol=math.sqrt(eps), atol=math.sqrt(eps) * scale, equal_nan=True)
