@@ -170,3 +170,22 @@ def test_samples_that_stay_apart_are_followed(apart: Callable[[Tensor], Tensor])
     samplewise._TRIED.clear()
     rows = [torch.autograd.grad(loss_fn(model(x[i : i + 1]), target[i : i + 1]), list(model.parameters())) for i in range(B)]
     torch.testing.assert_close(gg.sqnorms(model, loss_fn, x, target), torch.stack([sum(g.square().sum() for g in grads) for grads in rows]))
+
+
+def test_zeros_do_not_hide_mixing() -> None:
+    """A parameter that begins at zero makes a mixing operation look like one that keeps samples apart."""
+
+    def shifted(x: Tensor, p: Tensor) -> Tensor:
+        if torch.overrides.has_torch_function((x, p)):
+            out: Tensor = torch.overrides.handle_torch_function(shifted, (x, p), x, p)
+            return out
+        return x + x.mean(0) @ p
+
+    model = Lambda(lambda m, x: shifted(x, m.w), w=(3, 3))
+    x, target = torch.randn(B, 3), torch.randn(B)
+    for begin in (0.0, 1.0):
+        torch.nn.init.constant_(model.w, begin)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(gg.UnsupportedUseError, match="'w' in 'shifted'.*mixes samples"):
+                gg.sqnorms(model, loss_fn, x, target)

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from .reference import accumulation_dtype
 
-__all__ = ["POINTWISE", "agree", "keeps_apart", "map_samples"]
+__all__ = ["POINTWISE", "agree", "keeps_apart", "map_samples", "tried"]
 
 # Every element of the result depends on the element at its place alone (and on constants and chance), or on nothing but the shape.
 POINTWISE = frozenset(
@@ -101,10 +101,10 @@ def keeps_apart(
         return False
     key = _signature(func, inputs, args, kwargs, layouts, batch_size)
     if key is None or key not in _TRIED:
-        tried = not torch.compiler.is_compiling() and _try(func, inputs, args, kwargs, layouts, batch_size)
+        apart = not torch.compiler.is_compiling() and tried(func, inputs, args, kwargs, layouts, batch_size)
         if key is None:
-            return tried
-        _TRIED[key] = tried
+            return apart
+        _TRIED[key] = apart
     return _TRIED[key]
 
 
@@ -134,9 +134,10 @@ def _own_chance(t: Tensor) -> Iterator[None]:
         yield
 
 
-def _try(func: Any, inputs: Sequence[tuple[Tensor, Any]], args: Any, kwargs: Any, layouts: Sequence[Any], batch_size: int) -> bool:
+def tried(func: Any, inputs: Sequence[tuple[Tensor, Any]], args: Any, kwargs: Any, layouts: Sequence[Any], batch_size: int) -> bool:
     """Runs the operation on the batch and on single samples and compares: on random numbers, for the data may be alike (a state that is zero), or on the data
-    where the operation does not take random numbers."""
+    where the operation does not take random numbers. ``inputs``: the tensors among the arguments that carry samples, with their layouts; ``layouts``: those of
+    the results."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     places = {i: layout for i, leaf in enumerate(leaves) for t, layout in inputs if leaf is t}
 
