@@ -512,7 +512,7 @@ def like(call: Call, input: Tensor, other: Tensor, *args: Any, **kwargs: Any) ->
     if not call.is_parameter(input):
         out = call.func(input, other, *args, **kwargs)
         return out if call.operation in ("type_as", "to") else reference_call(call, input, other)
-    return call.derive(lambda t: call.func(t, other.detach(), *args, **kwargs), input)
+    return call.tap._derive(call.func, (input, other.detach(), *args), kwargs)
 
 
 @register_rule(torch.Tensor.__setitem__)
