@@ -133,7 +133,6 @@ def peak(run: Callable[[], Any]) -> int:
     """The most bytes that were allocated at a time while ``run`` ran, on top of what was there."""
     most = 0
     for _ in range(2):  # the profiler may miss the first events of a run
-        gc.collect()
         gc.disable()  # else cycles that hold memory go at any time
         try:
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
