@@ -2,7 +2,8 @@
 
 An operation on tensors that carry samples keeps them apart if the part of its result that belongs to a sample depends on that sample's parts of the inputs
 alone. :mod:`ghostgrad.layout` knows the operations that move samples; :func:`keeps_apart` is asked about the rest. A name that says nothing is tried out:
-run on single samples the operation must give what it gives on the batch.
+run on single samples the operation must give what it gives on the batch. A trial costs the operation's forward three times, once for each kind of call
+(shapes, dtypes, arguments); with indices or constants among the arguments every time.
 """
 
 from __future__ import annotations
@@ -104,6 +105,8 @@ def keeps_apart(
         apart = not torch.compiler.is_compiling() and tried(func, inputs, args, kwargs, layouts, batch_size)
         if key is None:
             return apart
+        if len(_TRIED) >= 1 << 12:
+            _TRIED.clear()
         _TRIED[key] = apart
     return _TRIED[key]
 
