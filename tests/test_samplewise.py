@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ghostgrad as gg
 from ghostgrad import samplewise
-from helpers import loss_fn
+from helpers import loop_sqnorms, loss_fn
 from models import B, Lambda
 
 ROTATION = torch.eye(B).roll(1, 0)
@@ -189,3 +189,52 @@ def test_zeros_do_not_hide_mixing() -> None:
             warnings.simplefilter("ignore")
             with pytest.raises(gg.UnsupportedUseError, match="'w' in 'shifted'.*mixes samples"):
                 gg.sqnorms(model, loss_fn, x, target)
+
+
+def written(write: Callable[[Tensor, Tensor], object]) -> Callable[[Tensor], Tensor]:
+    def run(x: Tensor) -> Tensor:
+        buffer = torch.zeros(B, B)
+        write(buffer, x)
+        return buffer
+
+    return run
+
+
+WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows of others, one by one": written(lambda y, x: [y.__setitem__(i, x[(i + 1) % B]) for i in range(B)]),
+    "rows of others, copied one by one": written(lambda y, x: [y[i].copy_(x[(i + 1) % B]) for i in range(B)]),
+    "rows as columns": written(lambda y, x: [y.__setitem__((slice(None), i), x[i]) for i in range(B)]),
+    "transposed": written(lambda y, x: y.__setitem__(slice(None), x.T)),
+    "into a transposed view": written(lambda y, x: y.T.copy_(x)),
+    "by an index": written(lambda y, x: y.__setitem__(NEXT, x)),
+    "half by half": written(lambda y, x: (y.__setitem__(slice(0, 2), x[2:]), y.__setitem__(slice(2, 4), x[:2]))),
+}
+
+
+@pytest.mark.parametrize("write", WRITTEN.values(), ids=WRITTEN.keys())
+def test_rows_written_elsewhere_are_refused(write: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model = Lambda(lambda m, x: write(x @ m.w) @ m.v, w=(B, B), v=(B, B))
+    x, target = torch.randn(B, B), torch.randn(B)
+    with pytest.raises(gg.GhostgradError):
+        gg.sqnorms(model, loss_fn, x, target)
+
+
+@pytest.mark.parametrize("steps", [3, B], ids=["", "as many steps as samples"])
+def test_steps_written_into_a_time_major_buffer(steps: int) -> None:
+    """Exact or refused, also where the number of steps is the batch size."""
+
+    def run(m: Lambda, x: Tensor) -> Tensor:
+        buffer = torch.zeros(x.shape[1], x.shape[0], 3, dtype=x.dtype)
+        for t in range(x.shape[1]):
+            buffer[t] = torch.tanh(x[:, t] @ m.w)
+        return torch.tanh(buffer @ m.v).transpose(0, 1)
+
+    torch.manual_seed(0)
+    model, x, target = Lambda(run, w=(3, 3), v=(3, 3)).double(), torch.randn(B, steps, 3, dtype=torch.float64), torch.randn(B, dtype=torch.float64)
+    try:
+        norms = gg.sqnorms(model, loss_fn, x, target, by_param=True)
+    except gg.GhostgradError:
+        return
+    for name, exact in loop_sqnorms(model, (x,), target).items():
+        torch.testing.assert_close(norms[name], exact)
