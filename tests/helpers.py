@@ -15,16 +15,23 @@ def loss_fn(out: Tensor, target: Tensor) -> Tensor:
     return (out.flatten(1).square().mean(1) + (out.flatten(1) * target[:, None]).sin().mean(1)).mean()
 
 
-def loop_sqnorms(model: nn.Module, inputs: tuple[Tensor, ...], target: Tensor, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """``{name: (B,)}``: squared norms of every parameter's gradient of every sample's loss."""
+def loop_sqnorms(
+    model: nn.Module, inputs: tuple[Tensor, ...], target: Tensor, dtype: torch.dtype = torch.float64, one_forward: bool = False
+) -> dict[str, Tensor]:
+    """``{name: (B,)}``: squared norms of every parameter's gradient of every sample's loss. ``one_forward``: the loop is over the samples' parts of
+    the loss of one batch, whose rounding is another one than that of single samples."""
     model = copy.deepcopy(model).to(dtype)
     cast = [t.to(dtype) if t.is_floating_point() else t for t in inputs]
     names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
-    rows = []
+    rows, outputs = [], model(*cast) if one_forward else None
     for i in range(len(target)):
-        loss = loss_fn(model(*(t[i : i + 1] for t in cast)), target[i : i + 1].to(dtype))
-        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-        rows.append([0.0 if g is None else g.double().square().sum().item() for g in grads])
+        if outputs is None:
+            loss = loss_fn(model(*(t[i : i + 1] for t in cast)), target[i : i + 1].to(dtype))
+        else:
+            loss = loss_fn(torch.cat([outputs[:i].detach(), outputs[i : i + 1], outputs[i + 1 :].detach()]), target.to(dtype))
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=one_forward)
+        scale = len(target) ** 2 if one_forward else 1  # of the mean, as the tap does it
+        rows.append([0.0 if g is None else g.double().square().sum().item() * scale for g in grads])
     return {name: torch.tensor(column, dtype=torch.float64) for name, column in zip(names, zip(*rows))}
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 B, T, D = 4, 3, 6  # batch, positions, features; cases with coinciding sizes are below
+
+
+@contextlib.contextmanager
+def drawn_sizes(seed: str) -> Iterator[None]:
+    """A block in which the cases have other sizes than B, T and D: drawn at random, the same ones for the same seed."""
+    global B, T, D
+    before, draw = (B, T, D), random.Random(seed)
+    B, T, D = draw.randint(1, 7), draw.randint(2, 6), 2 * draw.randint(3, 6)  # D is divided between two heads
+    try:
+        yield
+    finally:
+        B, T, D = before
 
 
 class Lambda(nn.Module):
@@ -55,7 +70,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Tokens, learned positions, two blocks, the head tied to the embedding or not."""
 
-    def __init__(self, vocabulary: int = 11, width: int = 8, length: int = 5, tied: bool = False):
+    def __init__(self, vocabulary: int = 11, width: int = 8, length: int = 8, tied: bool = False):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         self.blocks, self.norm, self.head = nn.Sequential(Block(width), Block(width)), nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
@@ -100,15 +115,98 @@ def _frames(m: Lambda, x: Tensor) -> Tensor:  # (B, T, 3, H, W)
     return F.conv2d(x.flatten(0, 1), m.w, m.c).view(*x.shape[:2], -1).tanh()
 
 
-def _shared_conv() -> nn.Module:
-    conv = nn.Conv2d(3, 3, 3, padding=1)
-    return nn.Sequential(conv, nn.Tanh(), conv)
-
-
 def _assigned(m: Lambda, x: Tensor) -> Tensor:
     y = torch.cat([torch.zeros_like(x[:, :1]), x], 1)
     y[:, 0] = m.t
     return torch.tanh(y @ m.w)
+
+
+def _baddbmm(m: Lambda, x: Tensor) -> Tensor:
+    return torch.baddbmm(m.c.expand(len(x), -1, -1), x, m.w.expand(len(x), -1, -1), beta=0.5).tanh()
+
+
+def _queries(m: Lambda, x: Tensor) -> Tensor:
+    return (m.q.expand(len(x), -1, -1) @ (x @ m.k).mT).softmax(-1) @ (x @ m.v)
+
+
+def _projected_queries(m: Lambda, x: Tensor) -> Tensor:
+    queries = F.linear(m.q.repeat(len(x), 1, 1), m.k, m.c)
+    return F.scaled_dot_product_attention(queries, x, x)
+
+
+def _nearest(m: Lambda, x: Tensor) -> Tensor:
+    nearest = (x.unsqueeze(-2) - m.w).square().sum(-1).argmin(-1)
+    return F.embedding(nearest, m.w) * x
+
+
+def _mixture(m: Lambda, x: Tensor) -> Tensor:
+    return torch.logsumexp((x.unsqueeze(-2) - m.mu).square().sum(-1).neg() + m.pi.log_softmax(0), -1)
+
+
+def _long_convolution(m: Lambda, x: Tensor) -> Tensor:
+    n = 2 * x.shape[1]
+    return torch.fft.irfft(torch.fft.rfft(x, n=n, dim=1) * torch.fft.rfft(m.k, n=n, dim=0), n=n, dim=1)[:, : n // 2].tanh()
+
+
+def _linear_attention(m: Lambda, x: Tensor) -> Tensor:
+    q, k = F.elu(x @ m.q) + 1, F.elu(x @ m.k) + 1
+    state, mass = torch.einsum("btd,bte->btde", k, x).cumsum(1), k.cumsum(1)
+    return torch.einsum("btd,btde->bte", q, state) / (q * mass).sum(-1, keepdim=True)
+
+
+def _local_attention(m: Lambda, x: Tensor) -> Tensor:
+    keys = F.pad(x @ m.k, (0, 0, 1, 1)).unfold(1, 3, 1)  # (B, T, D, 3)
+    return (torch.einsum("btd,btdw->btw", x @ m.q, keys).softmax(-1).unsqueeze(2) * keys).sum(-1)
+
+
+def _shifted_windows(m: Lambda, x: Tensor) -> Tensor:  # (B, 4, 4, C)
+    b, c = x.shape[0], x.shape[-1]
+    windows = x.roll((-1, -1), (1, 2)).view(b, 2, 2, 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, c)
+    q, k, v = F.linear(windows, m.w).chunk(3, -1)
+    scores = (q @ k.mT).view(b, 4, 4, 4) + m.bias[None, :, None]
+    out = scores.softmax(-1).view(-1, 4, 4) @ v
+    return out.view(b, 2, 2, 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(x.shape).roll((1, 1), (1, 2)).tanh()
+
+
+def _hypernetwork(m: Lambda, x: Tensor) -> Tensor:
+    return torch.bmm(x, (x.mean(1) @ m.w).view(len(x), x.shape[2], 3)).tanh() @ m.v
+
+
+def _crf(m: Lambda, x: Tensor) -> Tensor:
+    """The log-partition function of a chain."""
+    scores = x @ m.w
+    total = scores[:, 0]
+    for t in range(1, x.shape[1]):
+        total = torch.logsumexp(total.unsqueeze(2) + m.tr + scores[:, t].unsqueeze(1), 1)
+    return total
+
+
+def _flat_parameter(m: Lambda, x: Tensor) -> Tensor:
+    weight, bias = m.p.split([x.shape[-1] ** 2, x.shape[-1]])
+    return torch.tanh(F.linear(x, weight.view(x.shape[-1], -1), bias))
+
+
+def _excitation(m: Lambda, x: Tensor) -> Tensor:
+    return x * torch.sigmoid(F.conv2d(F.gelu(F.conv2d(F.adaptive_avg_pool2d(x, 1), m.w, m.c)), m.v))
+
+
+def _spatial_transformer(m: Lambda, x: Tensor) -> Tensor:
+    grid = F.affine_grid((x.mean((2, 3)) @ m.w).tanh().view(-1, 2, 3), list(x.shape), align_corners=False)
+    return F.conv2d(F.grid_sample(x, grid, align_corners=False), m.v)
+
+
+def _complex(x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+
+
+def _conjugate(m: Lambda, x: Tensor) -> Tensor:
+    w = torch.view_as_complex(m.w)
+    return (_complex(x) @ w @ w.conj() + _complex(x) * w.conj()[0]).abs()
+
+
+def _adjoint(m: Lambda, x: Tensor) -> Tensor:
+    w = torch.view_as_complex(m.w)
+    return torch.view_as_real(_complex(x) @ w @ w.mH).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -117,26 +215,27 @@ class Case:
     build: Callable[[], nn.Module]
     inputs: Callable[[], tuple[Tensor, ...]]
     warns: bool = False  # takes the reference path
+    twice: bool = True  # torch can differentiate it twice
 
 
-def flat(b: int = B, d: int = D) -> Callable[[], tuple[Tensor, ...]]:
-    return lambda: (torch.randn(b, d),)
+def flat(b: int | None = None, d: int | None = None) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: (torch.randn(b or B, d or D),)
 
 
-def sequence(b: int = B, t: int = T, d: int = D) -> Callable[[], tuple[Tensor, ...]]:
-    return lambda: (torch.randn(b, t, d),)
+def sequence(b: int | None = None, t: int | None = None, d: int | None = None) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: (torch.randn(b or B, t or T, d or D),)
 
 
-def image(b: int = B) -> Callable[[], tuple[Tensor, ...]]:
-    return lambda: (torch.randn(b, 3, 6, 5),)
+def image(b: int | None = None, channels: int = 3) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: (torch.randn(b or B, channels, T + 3, T + 2),)
 
 
 def channels_last() -> Callable[[], tuple[Tensor, ...]]:
-    return lambda: (torch.randn(B, 3, 6, 5).contiguous(memory_format=torch.channels_last),)
+    return lambda: (image()()[0].contiguous(memory_format=torch.channels_last),)
 
 
-def tokens(b: int = B, t: int = 5) -> Callable[[], tuple[Tensor, ...]]:
-    return lambda: (torch.randint(11, (b, t)),)
+def tokens(t: int | None = None) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: (torch.randint(11, (B, t or T + 2)),)
 
 
 def _mlp() -> nn.Module:
@@ -151,9 +250,19 @@ def _orthogonal() -> nn.Module:
     return nn.Sequential(parametrizations.orthogonal(nn.Linear(D, D)), nn.Tanh(), nn.Linear(D, 2))
 
 
+def _repeated(layer: nn.Module, times: int = 2) -> nn.Module:
+    return nn.Sequential(*[layer, nn.Tanh()] * (times - 1), layer)
+
+
 def _shared() -> nn.Module:
-    layer = nn.Linear(D, D)
-    return nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), layer)
+    return _repeated(nn.Linear(D, D), 3)
+
+
+def _frozen_weight() -> nn.Module:
+    model = nn.Sequential(nn.Linear(D, 7), nn.Tanh(), nn.Linear(7, 2))
+    for layer in (model[0], model[2]):
+        layer.weight.requires_grad_(False)
+    return model
 
 
 def _time_major(m: Lambda, x: Tensor) -> Tensor:
@@ -264,19 +373,20 @@ CASES = [
     Case("transposed conv 2-d", lambda: nn.ConvTranspose2d(3, 4, 3, stride=2), image()),
     Case("transposed conv 2-d, groups", lambda: nn.ConvTranspose2d(4, 6, (3, 2), stride=2, padding=1, groups=2), lambda: (torch.randn(B, 4, 4, 3),)),
     Case("transposed conv 3-d", lambda: nn.ConvTranspose3d(2, 3, 2, stride=2), lambda: (torch.randn(B, 2, 3, 2, 3),)),
-    Case("conv used twice", _shared_conv, image(), True),
+    Case("conv used twice", lambda: _repeated(nn.Conv2d(3, 3, 3, padding=1)), image(), True),
     Case("conv on frames", lambda: Lambda(_frames, w=(2, 3, 2, 2), c=(2,)), lambda: (torch.randn(B, T, 3, 4, 4),)),
     Case("in-place relu after conv", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.LazyLinear(2)), image()),
-    Case("embedding with padding", lambda: nn.Sequential(nn.Embedding(11, D, padding_idx=3), nn.Linear(D, 2)), tokens(B, 20)),
+    Case("embedding with padding", lambda: nn.Sequential(nn.Embedding(11, D, padding_idx=3), nn.Linear(D, 2)), tokens(20)),
     Case("embedding, one index", lambda: nn.Sequential(nn.Embedding(11, D), nn.Linear(D, 2)), lambda: (torch.randint(11, (B,)),)),
     Case("embedding with max_norm", lambda: nn.Embedding(11, D, max_norm=1.0), tokens()),
-    Case("embedding bag, sum", lambda: nn.EmbeddingBag(11, D, mode="sum"), tokens()),
-    Case("embedding bag, mean, padding", lambda: nn.EmbeddingBag(11, D, mode="mean", padding_idx=2), tokens(B, 8)),
-    Case("embedding bag, max", lambda: nn.Sequential(nn.EmbeddingBag(11, D, mode="max"), nn.Linear(D, 2)), tokens()),
+    Case("embedding bag, sum", lambda: nn.EmbeddingBag(11, D, mode="sum"), tokens(), twice=False),
+    Case("embedding bag, mean, padding", lambda: nn.EmbeddingBag(11, D, mode="mean", padding_idx=2), tokens(8), twice=False),
+    Case("embedding bag, max", lambda: nn.Sequential(nn.EmbeddingBag(11, D, mode="max"), nn.Linear(D, 2)), tokens(), twice=False),
     Case(
         "embedding bag, weights",
         lambda: Lambda(lambda m, x: F.embedding_bag(x, m.w, mode="sum", per_sample_weights=x.sin().to(m.w.dtype)), w=(11, D)),
         tokens(),
+        twice=False,
     ),
     Case("embedding used twice", lambda: Lambda(lambda m, x: torch.tanh(F.embedding(x, m.w)) * F.embedding(x.flip(1), m.w), w=(11, D)), tokens()),
     Case("attention function, time-major", lambda: Lambda(_mha_time_major, w=(3 * D, D), c=(3 * D,), o=(D, D), e=(D,)), sequence()),
@@ -335,6 +445,72 @@ CASES = [
     Case("windows", lambda: Lambda(_windows, w=(5, D)), lambda: (torch.randn(B, 4, 4, D),)),
     Case("heads folded into the batch", lambda: Lambda(_heads, w=(3 * D, D), c=(3 * D,), o=(D, D)), sequence()),
     Case("two inputs", lambda: Lambda(lambda m, x, z: torch.tanh(x @ m.w) * z.mean(1), w=(D, D)), lambda: (torch.randn(B, D), torch.randn(B, T, D))),
+    # Layers and uses as the table of other libraries has them (PEERS below)
+    Case("linear", lambda: nn.Linear(D, 5), flat()),
+    Case("linear on sequences", lambda: nn.Linear(D, 5), sequence()),
+    Case("conv 2-d, stride and padding", lambda: nn.Conv2d(3, 4, 3, stride=2, padding=1), image()),
+    Case("conv 2-d, two groups", lambda: nn.Conv2d(4, 6, 3, groups=2), image(channels=4)),
+    Case("conv 2-d, same, odd", lambda: nn.Conv2d(3, 4, 3, padding="same"), image()),
+    Case("conv 2-d, same, even", lambda: nn.Conv2d(3, 4, 4, padding="same"), image()),
+    Case("conv 2-d, circular", lambda: nn.Conv2d(3, 4, 3, padding=2, padding_mode="circular"), image()),
+    Case("conv 3-d, stride and padding", lambda: nn.Conv3d(2, 3, 3, stride=2, padding=1), lambda: (torch.randn(B, 2, 4, 5, 3),)),
+    Case("positions after a layer", lambda: Lambda(lambda m, x: torch.tanh(F.linear(x, m.w, m.c) + m.p), w=(5, D), c=(5,), p=(T, 5)), sequence()),
+    Case("lstm, two layers, both directions", lambda: _Rnn(nn.LSTM(D, 5, 2, bidirectional=True, batch_first=True)), sequence()),
+    Case("module used twice", lambda: _repeated(nn.Linear(D, D)), sequence()),
+    Case("input as a keyword", lambda: _Wrapped(nn.Linear(D, 5), lambda layer, x: layer(input=x)), flat()),
+    Case("subclass with its own forward", lambda: _Scaled(D, 5), sequence(), True),
+    Case("unused parameter", lambda: _Unused(), flat()),
+    Case("frozen weight, live bias", lambda: _frozen_weight(), sequence()),
+    Case("checkpointed", lambda: _Wrapped(_mlp(), lambda mlp, x: checkpoint(mlp, x, use_reentrant=False)), flat(), twice=False),
+    Case("eval mode", lambda: nn.Sequential(nn.Linear(D, 7), nn.Dropout(), nn.Tanh(), nn.Linear(7, 2)).eval(), flat()),
+    # As found in models
+    Case("learned queries", lambda: Lambda(_queries, q=(5, D), k=(D, D), v=(D, D)), sequence(), True),
+    Case("learned queries, projected", lambda: Lambda(_projected_queries, q=(1, 5, D), k=(D, D), c=(D,)), sequence(), True),
+    Case("learned queries, attention module, time-major", lambda: _Queries(), sequence(), True),
+    Case("class token by stack", lambda: Lambda(lambda m, x: torch.stack([m.t.expand(len(x), -1), x[:, 0]], 1) @ m.w, t=(D,), w=(D, 2)), sequence()),
+    Case("baddbmm", lambda: Lambda(_baddbmm, c=(1, T, 5), w=(1, D, 5)), sequence()),
+    Case("shaped like the data", lambda: Lambda(lambda m, x: x * m.c.expand_as(x) + m.p.view_as(x[0]).type_as(x), c=(D,), p=(T * D,)), sequence()),
+    Case("distances to centres", lambda: Lambda(lambda m, x: torch.cdist(x, m.w.expand(len(x), -1, -1)).tanh(), w=(5, D)), sequence(), True, twice=False),
+    Case("nearest centre", lambda: Lambda(_nearest, w=(5, D)), sequence()),
+    Case("mixture of Gaussians", lambda: Lambda(_mixture, mu=(4, D), pi=(4,)), sequence(), True),
+    Case("mixer", lambda: Lambda(lambda m, x: torch.tanh(x + F.linear(x.mT, m.t, m.c).mT) @ m.w, t=(T, T), c=(T,), w=(D, D)), sequence()),
+    Case("mixing by a Fourier transform", lambda: Lambda(lambda m, x: torch.fft.fft2(x @ m.w).real @ m.v, w=(D, D), v=(D, 2)), sequence()),
+    Case("long convolution", lambda: Lambda(_long_convolution, k=(T, D)), sequence(), True),
+    Case("linear attention", lambda: Lambda(_linear_attention, q=(D, D), k=(D, D)), sequence()),
+    Case("local attention", lambda: Lambda(_local_attention, q=(D, D), k=(D, D)), sequence()),
+    Case("shifted windows", lambda: Lambda(_shifted_windows, w=(9, 3), bias=(4, 4)), lambda: (torch.randn(B, 4, 4, 3),)),
+    Case("fast weights", lambda: Lambda(lambda m, x: torch.bmm(x, m.w + torch.einsum("bti,btj->bij", x, x)).tanh(), w=(D, D)), sequence()),
+    Case("weights made from data", lambda: Lambda(_hypernetwork, w=(D, 3 * D), v=(3, 2)), sequence()),
+    Case("conditional random field", lambda: Lambda(_crf, w=(D, 5), tr=(5, 5)), sequence()),
+    Case("one parameter for all", lambda: Lambda(_flat_parameter, p=(D * D + D,)), sequence()),
+    Case("convolution and its transpose", lambda: Lambda(lambda m, x: F.conv_transpose2d(F.conv2d(x, m.w).tanh(), m.w), w=(4, 3, 2, 2)), image(), True),
+    Case("rotated filters", lambda: Lambda(lambda m, x: sum(F.conv2d(x, torch.rot90(m.w, k, (2, 3))).tanh() for k in range(4)), w=(2, 3, 2, 2)), image(), True),
+    Case("unfold and fold", lambda: Lambda(lambda m, x: F.fold((m.w @ F.unfold(x, 3, padding=1)).tanh(), x.shape[2:], 1), w=(4, 27)), image()),
+    Case("squeeze and excitation", lambda: Lambda(_excitation, w=(2, 3, 1, 1), c=(2,), v=(3, 2, 1, 1)), image()),
+    Case("sampled along a grid", lambda: Lambda(_spatial_transformer, w=(3, 6), v=(2, 3, 2, 2)), image()),
+    Case(
+        "two branches of one trunk",
+        lambda: Lambda(lambda m, x: (torch.stack([x, x.cos()]).flatten(0, 1) @ m.w).tanh().view(2, *x.shape).prod(0), w=(D, D)),
+        sequence(),
+    ),
+    # Complex arithmetic on real parameters
+    Case(
+        "complex weight",
+        lambda: Lambda(lambda m, x: torch.view_as_real(_complex(x) @ torch.view_as_complex(m.w)).flatten(-2), w=(D // 2, D // 2, 2)),
+        sequence(),
+        True,
+    ),
+    Case("complex weight and its conjugate", lambda: Lambda(_conjugate, w=(D // 2, D // 2, 2)), flat(), True),
+    Case("complex weight, adjoint", lambda: Lambda(_adjoint, w=(D // 2, 2, 2)), sequence(), True),
+    Case(
+        "complex einsum",
+        lambda: Lambda(lambda m, x: torch.einsum("btp,pd->btd", _complex(x), torch.complex(m.a, m.b)).abs(), a=(D // 2, 2), b=(D // 2, 2)),
+        sequence(),
+        True,
+    ),
+    Case("complex conv", lambda: Lambda(lambda m, x: F.conv1d(_complex(x).mT, torch.view_as_complex(m.w)).abs(), w=(2, D // 2, 2, 2)), sequence(), True),
+    Case("Fourier transform of a weight", lambda: Lambda(lambda m, x: (torch.fft.rfft(x) * torch.fft.rfft(m.w)).abs(), w=(D,)), sequence(), True),
+    Case("phases", lambda: Lambda(lambda m, x: (_complex(x) * torch.polar(m.r.abs(), m.a)).real, r=(D // 2,), a=(D // 2,)), sequence(), True),
     # Sizes that coincide: batch = positions = features
     Case("all sizes equal", lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), sequence(4, 4, 4)),
     Case("equal sizes, positions", lambda: Lambda(lambda m, x: torch.tanh(x + m.p) * m.s, p=(4, 4), s=(4,)), sequence(4, 4, 4)),
@@ -347,8 +523,102 @@ CASES = [
     Case("one sample", _mlp, flat(1)),
     Case("one sample, sequence", Recurrent, sequence(1)),
     Case("one sample, conv", lambda: nn.Conv2d(3, 4, 3), image(1)),
-    Case("one position", _mlp, sequence(B, 1)),
+    Case("one position", _mlp, sequence(t=1)),
 ]
+
+# The table of 51 cases in which other libraries were compared, and where each is here: the name of a case, or of a test.
+PEERS = {
+    "Linear [B,d]": "linear",
+    "Linear [B,T,d]": "linear on sequences",
+    "Linear [B,H,W,d]": "linear 4-d",
+    "Conv1d s2 d2 p2": "conv 1-d, stride and dilation",
+    "Conv1d padding=same k4": "conv 1-d, same",
+    "Conv2d s2 p1": "conv 2-d, stride and padding",
+    "Conv2d groups=2": "conv 2-d, two groups",
+    "Conv2d depthwise": "conv 2-d, depthwise",
+    "Conv2d padding=same k4": "conv 2-d, same, even",
+    "Conv2d padding=same k3": "conv 2-d, same, odd",
+    "Conv2d circular": "conv 2-d, circular",
+    "Conv2d reflect": "conv 2-d, reflect",
+    "Conv2d channels_last": "conv 2-d, channels last",
+    "Conv3d s2 p1": "conv 3-d, stride and padding",
+    "ConvTranspose2d s2": "transposed conv 2-d",
+    "ConvTranspose2d groups=2": "transposed conv 2-d, groups",
+    "Embedding": "embedding",
+    "Embedding padding_idx": "embedding with padding",
+    "Embedding max_norm": "embedding with max_norm",
+    "EmbeddingBag sum 2-D": "embedding bag, sum",
+    "EmbeddingBag max 2-D": "embedding bag, max",
+    "LayerNorm": "layer norm",
+    "LayerNorm bias=False": "layer norm without bias",
+    "LayerNorm 2-D shape": "layer norm 2-d",
+    "GroupNorm": "group norm",
+    "InstanceNorm2d affine": "instance norm",
+    "RMSNorm": "rms norm",
+    "BatchNorm2d eval": "batch norm eval",
+    "PReLU": "prelu",
+    "Bilinear-free custom Parameter (pos. emb.)": "positions after a layer",
+    "RNN": "rnn",
+    "LSTM": "lstm",
+    "GRU": "gru",
+    "LSTM bidir 2-layer": "lstm, two layers, both directions",
+    "MultiheadAttention": "multi-head attention module",
+    "TransformerEncoderLayer": "encoder layer",
+    "tied embedding/head": "transformer, tied",
+    "module used twice (Linear)": "module used twice",
+    "module used twice (Conv2d)": "conv used twice",
+    "parameter used functionally": "x @ W",
+    "input passed as kwarg": "input as a keyword",
+    "subclass of Linear, own forward": "subclass with its own forward",
+    "weight_norm parametrization": "weight norm",
+    "unused parameter": "unused parameter",
+    "frozen weight, live bias": "frozen weight, live bias",
+    "LoRA-like": "lora",
+    "in-place ReLU after conv": "in-place relu after conv",
+    "gradient checkpointing": "checkpointed",
+    "eval() mode": "eval mode",
+    "bf16 autocast": "test_bf16_autocast",
+    "torch.compile (aot_eager)": "test_compiled_model",
+}
+
+
+class _Wrapped(nn.Module):
+    """A module called in a way of its own."""
+
+    def __init__(self, inner: nn.Module, call: Callable[..., Tensor]):
+        super().__init__()
+        self.inner, self.call = inner, call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.inner, x)
+
+
+class _Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(F.linear(x, self.weight * 0.5, self.bias))
+
+
+class _Unused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(D, 3), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.used(x)
+        return out
+
+
+class _Queries(nn.Module):
+    """Learned queries that attend to the data, samples along the second dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.attention = nn.Parameter(torch.randn(5, D)), nn.MultiheadAttention(D, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        out: Tensor = self.attention(self.queries.unsqueeze(1).repeat(1, x.shape[1], 1), x, x)[0]
+        return out.transpose(0, 1)
 
 
 class _Mha(nn.Module):
@@ -405,8 +675,9 @@ class _MaskedMha(nn.Module):
 class _Masked(nn.Module):
     """A weight times a mask that is no buffer."""
 
-    def __init__(self, size: int = D):
+    def __init__(self, size: int | None = None):
         super().__init__()
+        size = size or D
         self.weight = nn.Parameter(torch.randn(size, size))
         self.mask = torch.tril(torch.ones(size, size))
 

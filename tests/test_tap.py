@@ -19,41 +19,66 @@ from torch.utils.checkpoint import checkpoint
 
 import ghostgrad as gg
 from helpers import build, loop_sqnorms, loss_fn, relative_error
-from models import CASES, B, Block, Case, D, Lambda, T, Transformer
+from models import CASES, PEERS, B, Block, Case, D, Lambda, T, Transformer, drawn_sizes
+
+
+def check_against_the_loop(case: Case, dtype: torch.dtype) -> None:
+    """Norms of every parameter equal those of single-sample float64 autograd, to 1e-10, or in float32 to twice the error of a float32 loop (over samples, or
+    over the losses of one batch) or 1e-6; ``.grad`` is what it is without the tap."""
+    model, inputs, target = build(case, dtype)
+    exact = loop_sqnorms(model, inputs, target)
+    loops = [loop_sqnorms(model, inputs, target, dtype, one_forward) for one_forward in (False, True)]
+    loss_fn(model(*inputs), target).backward()
+    plain = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    with gg.tap(model, by_param=True) as tap:
+        loss_fn(model(*inputs), target).backward()
+    norms = tap.sqnorms(by_param=True)
+    assert norms.keys() == exact.keys()
+    rounding = total(exact) * torch.finfo(dtype).eps  # of the sample's whole norm: below it there is nothing to compare
+    for name, norm in norms.items():
+        scale = torch.maximum(exact[name], rounding)
+        plain_error = max(((loop[name] - exact[name]).abs() / scale).max().item() for loop in loops)
+        error = ((norm - exact[name]).abs() / scale).max().item()
+        assert norm.dtype == dtype and error <= (1e-10 if dtype == torch.float64 else max(1e-6, 2 * plain_error)), (name, error, plain_error)
+    for name, p in model.named_parameters():
+        zero = torch.zeros_like(p)
+        torch.testing.assert_close(zero if p.grad is None else p.grad, zero if plain[name] is None else plain[name])
+    torch.testing.assert_close(tap.sqnorms(), total(norms))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_norms_and_gradients_equal_the_loop(case: Case, dtype: torch.dtype) -> None:
-    model, inputs, target = build(case, dtype)
-    exact = loop_sqnorms(model, inputs, target)
-    loss_fn(model(*inputs), target).backward()
-    plain = {name: p.grad for name, p in model.named_parameters()}
-    model.zero_grad()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with gg.tap(model, by_param=True) as tap:
-            loss_fn(model(*inputs), target).backward()
+        check_against_the_loop(case, dtype)
     assert any("no fused rule" in str(w.message) for w in caught) == case.warns
-    norms = tap.sqnorms(by_param=True)
-    if dtype == torch.float32:  # at most twice the error of a loop in float32, or 1e-5
-        loop = loop_sqnorms(model, inputs, target, torch.float32)
-    for name, p in model.named_parameters():
-        allowed = 1e-11 if dtype == torch.float64 else max(1e-5, 2 * relative_error(loop[name], exact[name]))
-        scale = torch.maximum(
-            exact[name], sum(exact.values()) * torch.finfo(dtype).eps
-        )  # below rounding of the sample's whole norm there is nothing to compare
-        assert ((norms[name] - exact[name]).abs() / scale).max() <= allowed, name
-        torch.testing.assert_close(p.grad, plain[name])
-    torch.testing.assert_close(tap.sqnorms(), sum(norms.values()))
 
 
 @pytest.mark.filterwarnings("ignore:ghostgrad")
-@pytest.mark.parametrize("case", [case for case in CASES if "bag" not in case.name], ids=lambda case: case.name)  # torch's bags have no second derivative
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_at_sizes_drawn_at_random(case: Case) -> None:
+    for draw in range(3):
+        with drawn_sizes(f"{case.name} {draw}"):
+            for dtype in (torch.float64, torch.float32):
+                check_against_the_loop(case, dtype)
+
+
+def test_the_table_of_other_libraries_is_covered() -> None:
+    """All of its 51 cases, and at least 60 more."""
+    names = [case.name for case in CASES]
+    assert len(set(names)) == len(names) and len(PEERS) == 51 == len(set(PEERS.values()))
+    assert all(where in names or callable(globals().get(where)) for where in PEERS.values())
+    assert len(set(names) - set(PEERS.values())) >= 60
+
+
+@pytest.mark.filterwarnings("ignore:ghostgrad")
+@pytest.mark.parametrize("case", [case for case in CASES if case.twice], ids=lambda case: case.name)
 def test_penalty_gradient_equals_autograd(case: Case) -> None:
     """The gradient of the mean squared norm, by double backward, against double backward through a loop of samples."""
     model, inputs, target = build(case, torch.float64)
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
 
     def single(i: int) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):
@@ -69,6 +94,72 @@ def test_penalty_gradient_equals_autograd(case: Case) -> None:
         torch.testing.assert_close(
             zero if g is None else g, zero.expand_as(g) if e is None and g is not None else zero if e is None else e, rtol=1e-9, atol=1e-11
         )
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Properties
+
+
+def named(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+@pytest.mark.filterwarnings("ignore:ghostgrad")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_permuting_the_batch_permutes_the_norms_and_scaling_the_loss_squares(case: Case) -> None:
+    model, inputs, target = build(case, torch.float64)
+    norms = gg.sqnorms(model, loss_fn, *inputs, target)
+    order = torch.randperm(len(target))
+    close = {"rtol": 1e-10, "atol": 0.0}
+    torch.testing.assert_close(gg.sqnorms(model, loss_fn, *(t[order] for t in inputs), target[order]), norms[order], **close)
+    torch.testing.assert_close(gg.sqnorms(model, lambda out, y: -3 * loss_fn(out, y), *inputs, target), 9 * norms, **close)
+
+
+POSITIONWISE = (
+    "linear on sequences; x @ W.T; einsum; einsum over heads; scale and shift; layer norm; rms norm; embedding; embedding with padding; lora; "
+    "module used twice; weight norm; bias used twice; autoencoder, tied; nearest centre; mixture of Gaussians; packed projections; complex einsum"
+).split("; ")
+
+
+@pytest.mark.filterwarnings("ignore:ghostgrad")
+@pytest.mark.parametrize("name", POSITIONWISE)
+def test_splitting_positions_changes_nothing(name: str) -> None:
+    """A model that works on each position alone, run on parts of the sequences."""
+    model, _, target = build(named(name), torch.float64)
+    x = torch.randint(11, (B, 6)) if name.startswith("embedding") else torch.randn(B, 6, D, dtype=torch.float64)
+    parts = Lambda(lambda m, x: torch.cat([m.inner(part) for part in x.split([1, 3, 2], 1)], 1))
+    parts.inner = model
+    torch.testing.assert_close(gg.sqnorms(parts, loss_fn, x, target), gg.sqnorms(model, loss_fn, x, target), rtol=1e-10, atol=0)
+
+
+EXPANDED = (
+    "mlp; mlp on sequences; W @ x; bilinear; positions and channels; class token; layer norm; group norm; batch norm eval; conv; conv 2-d, two groups; "
+    "conv 2-d, reflect; transposed conv 2-d, groups; embedding; embedding used twice; encoder layer; attention; "
+    "transformer, tied; recurrent; weight and its transpose; overlapping slices; product of parameters; lora; time-major, flattened; windows; "
+    "complex weight and its conjugate; fast weights; linear attention; conditional random field"
+).split("; ")
+
+
+@pytest.mark.filterwarnings("ignore:ghostgrad")
+@pytest.mark.parametrize("name", EXPANDED)
+def test_a_fully_expanded_model_has_the_flattened_gradients_norm(name: str) -> None:
+    """Every sample with its own copy of every parameter, by the definition: the sum that the copies leave in one tap, and what the rules give."""
+    model, inputs, target = build(named(name), torch.float64)
+    tap = torch.zeros(len(target), dtype=torch.float64, requires_grad=True)
+    copies = {name: gg.rules.expand_tap(p, tap) for name, p in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+
+    def single(params: dict[str, Tensor], x: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        return loss_fn(torch.func.functional_call(model, (params, buffers), tuple(t[None] for t in x)), y[None])
+
+    losses = torch.vmap(single)(copies, inputs, target)
+    losses.sum().backward()
+    flat = []
+    for i in range(len(target)):
+        grads = torch.autograd.grad(loss_fn(model(*(t[i : i + 1] for t in inputs)), target[i : i + 1]), list(model.parameters()))
+        flat.append(torch.cat([g.flatten() for g in grads]).square().sum())
+    torch.testing.assert_close(tap.grad, torch.stack(flat), rtol=1e-10, atol=0)
+    torch.testing.assert_close(gg.sqnorms(model, loss_fn, *inputs, target), tap.grad, rtol=1e-10, atol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -106,13 +197,6 @@ def test_reductions(mlp: tuple[nn.Module, Tensor, Tensor]) -> None:
     torch.testing.assert_close(tap.sqnorms(), exact, rtol=1e-11, atol=0)
     vector = gg.sqnorms(model, lambda out, y: torch.stack([loss_fn(o[None], t[None]) for o, t in zip(out, y)]), x, target)
     torch.testing.assert_close(vector, exact, rtol=1e-11, atol=0)
-
-
-def test_permuting_the_batch_permutes_the_norms_and_scaling_squares(mlp: tuple[nn.Module, Tensor, Tensor]) -> None:
-    model, x, target = mlp
-    norms, order = gg.sqnorms(model, loss_fn, x, target), torch.tensor([2, 0, 3, 1])
-    torch.testing.assert_close(gg.sqnorms(model, loss_fn, x[order], target[order]), norms[order], rtol=1e-12, atol=0)
-    torch.testing.assert_close(gg.sqnorms(model, lambda o, t: -3 * loss_fn(o, t), x, target), 9 * norms, rtol=1e-12, atol=0)
 
 
 def test_grad_accumulates_as_always(mlp: tuple[nn.Module, Tensor, Tensor]) -> None:
@@ -453,15 +537,6 @@ def test_gradient_accumulation(mlp: tuple[nn.Module, Tensor, Tensor]) -> None:
     torch.testing.assert_close(torch.cat(parts), norms)
     for p, e in zip(model.parameters(), expected):
         torch.testing.assert_close(p.grad, e)
-
-
-def test_splitting_positions_changes_nothing() -> None:
-    torch.manual_seed(0)
-    model, x, target = nn.Linear(D, 5).double(), torch.randn(B, 6, D, dtype=torch.float64), torch.randn(B, dtype=torch.float64)
-    whole = gg.sqnorms(model, loss_fn, x, target)
-    wrapped = Lambda(lambda m, x: torch.cat([m.layer(part) for part in x.split([1, 3, 2], 1)], 1))
-    wrapped.layer = model
-    torch.testing.assert_close(gg.sqnorms(wrapped, loss_fn, x, target), whole, rtol=1e-12, atol=0)
 
 
 def test_bf16_autocast() -> None:

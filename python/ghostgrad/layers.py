@@ -224,7 +224,7 @@ def _convolution(
 ) -> Tensor:
     dims = weight.dim() - 2
     layout, batch_size = call.layout(x), call.batch_size
-    if layout.dim != 0 or x.dim() != dims + 2 or call.is_data(weight) or not call.is_parameter(weight):
+    if layout.dim != 0 or x.dim() != dims + 2 or call.is_data(weight) or not call.is_parameter(weight) or x.is_complex():
         return _unfused(call, x, weight, bias, stride, padding, dilation, groups, transposed, output_padding)
     stride, dilation, output_padding = _tuple(stride, dims), _tuple(dilation, dims), _tuple(output_padding, dims)
     kernel = tuple(weight.shape[2:])
@@ -354,10 +354,10 @@ def einsum(call: Call, equation: Any, *operands: Any, **kwargs: Any) -> Any:
             return t
 
         def outer() -> Any:
-            a, b = arranged(x, xs, summed), arranged(g, out, free)
+            a, b = arranged(x.conj(), xs, summed), arranged(g, out, free)  # conj is the identity on real tensors
             return Arranged(Outer(a, b), [weight.shape[ws.index(i)] for i in (*shared, *free, *summed)], [[*shared, *free, *summed].index(i) for i in ws])
 
-        return lambda: torch.einsum(f"{out},{ws}->{xs}", g, weight), outer
+        return lambda: torch.einsum(f"{out},{ws}->{xs}", g, weight.conj()), outer
 
     return call.fuse(forward, backward, (x,), (weight,), propagated)
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .samplewise import keeps_apart
+
 __all__ = ["ELEMENTWISE", "FOLLOWED", "PLAIN", "AnyLayout", "Layout", "Mixed", "propagate", "to_samples"]
 
 
@@ -59,14 +61,13 @@ _REDUCTIONS = {
     **_with_dim("sum mean var std var_mean std_mean prod amax amin max min aminmax logsumexp nansum nanmean argmax argmin any all", 1, None),
     **_with_dim("count_nonzero nanmedian median mode logcumsumexp nanvar nanstd", 1, None),
     **_with_dim("norm vector_norm linalg_norm linalg_vector_norm quantile nanquantile", 2, None),
-    **_with_dim("cosine_similarity", 2, 1),
     **_with_dim("kthvalue", 2, -1),
 }
 _ALONG = {
     **_with_dim("softmax log_softmax softmin cumsum cumprod cummax cummin flip gather index_select take_along_dim index_add index_fill", 1, None),
     **_with_dim("scatter scatter_add scatter_reduce index_copy", 1, None),
     **_with_dim("sort argsort glu", 1, -1),
-    **_with_dim("roll renorm", 2, None),
+    **_with_dim("roll", 2, None),
     **_with_dim("topk diff fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft", 2, -1),
     **_with_dim("normalize", 2, 1),
     **_with_dim("gumbel_softmax", 4, -1),
@@ -79,6 +80,13 @@ ELEMENTWISE = frozenset(
     + ("where", "lerp", "addcmul", "addcdiv", "atan2", "hypot", "fmod", "remainder", "logaddexp", "xlogy", "copysign", "masked_fill")
     + ("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__rdiv__", "__pow__", "__rpow__")
     + ("add_", "sub_", "mul_", "div_", "pow_", "lerp_", "addcmul_", "addcdiv_", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__")
+)
+# Others that broadcast, but have no rule by that.
+_BROADCASTING = ELEMENTWISE | frozenset(
+    "eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ less greater less_equal greater_equal not_equal isclose logical_and logical_or logical_xor "
+    "bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__ __rand__ __ror__ __rxor__ floor_divide __floordiv__ __mod__ heaviside ldexp complex polar "
+    "masked_fill_ expand expand_as broadcast_to broadcast_tensors normal mse_loss l1_loss smooth_l1_loss huber_loss kl_div binary_cross_entropy "
+    "binary_cross_entropy_with_logits gaussian_nll_loss poisson_nll_loss soft_margin_loss".split()
 )
 # What may move the samples of a plain tensor although the first dimension keeps its size.
 FOLLOWED = (
@@ -157,6 +165,8 @@ def _strided(
 def _dims_argument(name: str, ndim: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
     """The dimensions that a call works along; None stands for all of them."""
     position, default = (_REDUCTIONS | _ALONG)[name]
+    if name == "flip" and len(args) > 2:
+        args = (args[0], args[1:])
     dims = kwargs.get("dim", kwargs.get("axis", kwargs.get("dims", args[position] if len(args) > position else default)))
     if dims is None or isinstance(dims, (str, Tensor, torch.dtype, bool)):
         return None
@@ -242,15 +252,19 @@ def propagate(
             return [Mixed(f"'{name}' puts further rows along the dimension of the samples")]
     # Anything else: the samples must lie in the same place in every input (aligned from the right where the operation broadcasts), and be there
     # in the output.
-    width = max(t.dim() for t, _ in inputs) if name in ELEMENTWISE or name in _PRODUCTS else 0
+    aligned = name in _BROADCASTING or (name in ("max", "min") and len(inputs) > 1)
+    width = max(t.dim() for t, _ in inputs) if aligned or name in _PRODUCTS else 0
     places = [(o.dim + max(width - t.dim(), 0), o.outer, o.inner) for t, o in inputs if isinstance(o, Layout)]
     if any(place != places[0] for place in places):
         return [Mixed(f"'{name}' combines tensors in which the samples lie along different dimensions", coupled=True)] * len(outputs)
     widest, place = max(inputs, key=lambda pair: pair[0].dim())
     assert isinstance(place, Layout)
-    return [
-        place
-        if output.dim() > place.dim and output.size(place.dim) == widest.size(place.dim)
-        else Mixed(f"'{name}' turns {tuple(widest.shape)} into {tuple(output.shape)}")
-        for output in outputs
-    ]
+    results: list[AnyLayout] = []
+    for output in outputs:
+        dim = place.dim + (max(output.dim() - widest.dim(), 0) if aligned else 0)
+        there = output.dim() > dim and output.size(dim) == widest.size(place.dim)
+        results.append(Layout(dim, place.outer, place.inner) if there else Mixed(f"'{name}' turns {tuple(widest.shape)} into {tuple(output.shape)}"))
+    known = aligned or (name in FOLLOWED and name != "einsum")
+    if known or all(isinstance(o, Mixed) for o in results) or keeps_apart(func, name, inputs, args, kwargs, results, batch_size):
+        return results
+    return [Mixed(f"'{name}' does not give on single samples what it gives on the batch: it combines samples, or they lie elsewhere")] * len(outputs)

@@ -22,9 +22,7 @@ See :meth:`Call.fuse` for the two functions.
 from __future__ import annotations
 
 import contextlib
-import math
 import types
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -37,7 +35,7 @@ from . import ops
 from .contributions import Contribution, Full, Outer, Rows
 from .errors import BatchCouplingError, UnsupportedUseError
 from .layout import ELEMENTWISE, PLAIN, AnyLayout, Layout, Mixed, propagate, to_samples
-from .reference import accumulation_dtype
+from .samplewise import agree, map_samples, tried
 
 __all__ = ["Call", "expand_tap", "linear", "reference_call", "register_rule", "rule_for"]
 
@@ -385,10 +383,11 @@ def _product(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, transpo
 
     def backward(g: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Callable[[], Any], ...]:
         def outer() -> Outer:
-            a, b = to_samples(x, layout, batch_size), to_samples(g, layout, batch_size)  # (B, T, p), (B, T, d)
+            a, b = to_samples(x.conj(), layout, batch_size), to_samples(g, layout, batch_size)  # (B, T, p), (B, T, d)
             return Outer(b, a) if transposed else Outer(a, b)
 
-        return lambda: g @ (weight.t() if transposed else weight), outer, lambda: Full(to_samples(g, layout, batch_size).sum(1))
+        # conj is the identity on real tensors; complex weights are functions of real parameters
+        return lambda: g @ (weight.t() if transposed else weight).conj(), outer, lambda: Full(to_samples(g, layout, batch_size).sum(1))
 
     weight_tracked = call.is_parameter(weight)
     if not weight_tracked or (bias is not None and (not call.is_parameter(bias) or bias.dim() != 1)):
@@ -468,10 +467,10 @@ def rmatmul(call: Call, input: Tensor, other: Tensor) -> Any:
     return matmul(call, other, input)
 
 
-@register_rule(torch.addmm, torch.Tensor.addmm)
+@register_rule(torch.addmm, torch.Tensor.addmm, torch.baddbmm, torch.Tensor.baddbmm)
 def addmm(call: Call, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
     """``beta * input + alpha * (mat1 @ mat2)``."""
-    if call.is_data(mat1) and call.is_parameter(mat2) and beta == 1 and alpha == 1 and not call.is_data(input):
+    if call.is_data(mat1) and call.is_parameter(mat2) and mat2.dim() == 2 and beta == 1 and alpha == 1 and not call.is_data(input):
         return _product(call, mat1, mat2, input, transposed=True)
     if not call.is_parameter(mat1) and not call.is_parameter(mat2):
         product = call.mark(mat1 @ mat2, call.layout(mat1, mat2))
@@ -515,6 +514,22 @@ def cat(call: Call, tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> T
         raise call.unsupported(f"it is joined along dimension {dim}, along which the samples lie")
     joined = [call.expand(t, t.shape, layout) if call.is_parameter(t) else t for t in tensors]
     return call.mark(torch.cat(joined, dim, **kwargs), layout)
+
+
+@register_rule(torch.stack)
+def stack(call: Call, tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Tensor:
+    layout = call.layout(*tensors)
+    stacked = torch.stack([call.expand(t, t.shape, layout) if call.is_parameter(t) else t for t in tensors], dim, **kwargs)
+    return call.mark(stacked, Layout(layout.dim + (dim % stacked.dim() <= layout.dim), layout.outer, layout.inner))
+
+
+@register_rule(torch.Tensor.expand_as, torch.Tensor.view_as, torch.Tensor.reshape_as, torch.Tensor.type_as, torch.Tensor.to)
+def like(call: Call, input: Tensor, other: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Of the data it is the shape or the dtype that matters."""
+    if not call.is_parameter(input):
+        out = call.func(input, other, *args, **kwargs)
+        return out if call.operation in ("type_as", "to") else reference_call(call, input, other)
+    return call.tap._derive(call.func, (input, other.detach(), *args), kwargs)
 
 
 @register_rule(torch.Tensor.__setitem__)
@@ -563,45 +578,69 @@ def reference_call(call: Call, *args: Any, **kwargs: Any) -> Any:
         )
     random = not torch.equal(rng, torch.get_rng_state())
     plain = [t.detach() if isinstance(t, Tensor) else t for t in plain]
-    copies = sum(batch_size * leaves[i].numel() * leaves[i].element_size() for i in parameters)
-    call.tap._admit(call.names(), f"'{call.operation}'", copies)
-
-    # Each sample as a batch of its own: samples first, the dimension itself shortened to outer * 1 * inner.
-    split: dict[int, Tensor] = {}
-    for i, layout in data.items():
-        x = leaves[i].unflatten(layout.dim, (layout.outer, batch_size, layout.inner)).movedim(layout.dim + 1, 0)
-        split[i] = x.flatten(layout.dim + 1, layout.dim + 2)  # (B, ..., outer * inner, ...)
-    for i in parameters:
-        split[i] = call.expand(leaves[i], (batch_size, *leaves[i].shape), PLAIN)
-    where = list(split)
-
-    def single(*values: Tensor) -> list[Any]:
-        return list(pytree.tree_leaves(run(dict(zip(where, values)))))
-
     if batch_size == 0:
         raise call.unsupported("an empty batch cannot take the reference path")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # vmap's own advice on operations that it maps slowly
-            results = torch.vmap(single, randomness="different")(*split.values())
-    except Exception:
+
+    mixes = call.unsupported("run on single samples it gives another result than on the batch, so it mixes samples or another dimension holds them")
+
+    def mapped(own: Sequence[int]) -> Any:
+        """The operation mapped over the samples. Parameters in ``own`` have a row for each sample, where the data has it; of the others each has a copy."""
+        places = data | dict.fromkeys(own, place)
+        copies = sum((1 if i in places else batch_size) * leaves[i].numel() * leaves[i].element_size() for i in parameters)
+        call.tap._admit(call.names(), f"'{call.operation}'", copies)
+        # Each sample as a batch of its own: samples first, the dimension itself shortened to outer * 1 * inner.
+        split: dict[int, Tensor] = {}
+        for i, layout in places.items():
+            x = call.expand(leaves[i], leaves[i].shape, layout) if i in own else leaves[i]
+            x = x.unflatten(layout.dim, (layout.outer, batch_size, layout.inner)).movedim(layout.dim + 1, 0)
+            split[i] = x.flatten(layout.dim + 1, layout.dim + 2)  # (B, ..., outer * inner, ...)
+        for i in parameters:
+            if i not in places:
+                split[i] = call.expand(leaves[i], (batch_size, *leaves[i].shape), PLAIN)
+
+        def single(*values: Tensor) -> list[Any]:
+            return list(pytree.tree_leaves(run(dict(zip(split, values)))))
+
         try:
-            rows = [single(*(t[i] for t in split.values())) for i in range(batch_size)]
+            results = map_samples(single, list(split.values()), batch_size)
         except Exception as error:
             raise call.unsupported(f"the operation does not run on single samples ({type(error).__name__}: {error})") from error
-        results = [torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in zip(*rows)]
+        outputs: list[Any] = []
+        layouts: list[AnyLayout] = []
+        for result, whole in zip(results, plain):
+            if not isinstance(whole, Tensor):
+                outputs.append(whole)
+                continue
+            layout = _output_layout(call, result.shape[1:], whole.shape, batch_size)
+            merged = result.unflatten(layout.dim + 1, (layout.outer, layout.inner)).movedim(0, layout.dim + 1).flatten(layout.dim, layout.dim + 2)
+            if not random and not agree(merged.detach(), whole):
+                raise mixes
+            layouts.append(layout)
+            outputs.append(merged)
+        if not random and any(_alike(leaves[i]) for i in split):  # zeros hide what is mixed
+            others = [torch.rand_like(leaf) if i in split and i not in places else leaf for i, leaf in enumerate(leaves)]
+            other_args, other_kwargs = pytree.tree_unflatten(others, spec)
+            if not tried(call.func, [(leaves[i], layout) for i, layout in places.items()], other_args, other_kwargs, layouts, batch_size):
+                raise mixes
+        marks = iter(layouts)
+        return pytree.tree_unflatten([call.mark(t, next(marks)) if isinstance(t, Tensor) else t for t in outputs], plain_spec)
 
-    outputs = []
-    for result, whole in zip(results, plain):
-        if not isinstance(whole, Tensor):
-            outputs.append(whole)
-            continue
-        layout = _output_layout(call, result.shape[1:], whole.shape, batch_size)
-        merged = result.unflatten(layout.dim + 1, (layout.outer, layout.inner)).movedim(0, layout.dim + 1).flatten(layout.dim, layout.dim + 2)
-        if not random and not _agree(merged.detach(), whole):
-            raise call.unsupported("run on single samples it gives another result than on the batch, so it mixes samples or another dimension holds them")
-        outputs.append(call.mark(merged, layout))
-    return pytree.tree_unflatten(outputs, plain_spec)
+    # A parameter that was expanded over the batch (learned queries), or computed from one that was, has a row for each sample.
+    place = next(iter(data.values()))
+    long = [i for i in parameters if leaves[i].dim() > place.dim and leaves[i].shape[place.dim] == place.outer * batch_size * place.inner]
+    ways = [[i for i in long if leaves[i].stride(place.dim) == 0], [], long] if batch_size > 1 else [[]]
+    errors: list[UnsupportedUseError] = []
+    for own in (way for n, way in enumerate(ways) if way not in ways[:n]):
+        try:
+            return mapped(own)
+        except UnsupportedUseError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _alike(t: Tensor) -> bool:
+    """True if all elements are equal, as after initialisation with zeros."""
+    return t.numel() > 1 and bool((t == t.flatten()[0]).all())
 
 
 def _output_layout(call: Call, single: torch.Size, whole: torch.Size, batch_size: int) -> Layout:
@@ -613,11 +652,3 @@ def _output_layout(call: Call, single: torch.Size, whole: torch.Size, batch_size
         if len(longer) == 1 and whole[longer[0]] == batch_size * single[longer[0]]:
             return Layout(longer[0], 1, single[longer[0]])
     raise call.unsupported(f"its result has shape {tuple(whole)} for the batch and {tuple(single)} for one sample, so the samples' parts cannot be told apart")
-
-
-def _agree(x: Tensor, y: Tensor) -> bool:
-    if not x.is_floating_point():
-        return torch.equal(x, y)
-    eps = torch.finfo(accumulation_dtype(x.dtype) if x.dtype == torch.float64 else x.dtype).eps
-    scale = y.abs().nan_to_num(0, 0, 0).amax().item() if y.numel() else 0.0
-    return torch.allclose(x, y, rtol=math.sqrt(eps), atol=math.sqrt(eps) * scale, equal_nan=True)

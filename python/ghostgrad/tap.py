@@ -31,9 +31,10 @@ from torch.utils import _pytree as pytree
 from . import ops, rules
 from .contributions import Contribution, Full, inner
 from .errors import GhostgradError, TapStateError, UnsupportedUseError
-from .layout import ELEMENTWISE, FOLLOWED, PLAIN, AnyLayout, Layout, Mixed, propagate
+from .layout import ELEMENTWISE, PLAIN, AnyLayout, Layout, Mixed, propagate
 from .reference import accumulation_dtype
 from .rules import Call, writes_in_place
+from .samplewise import POINTWISE
 
 __all__ = ["Tap", "declare_samples", "tap"]
 
@@ -560,6 +561,8 @@ class Tap(TorchFunctionMode):
         elif name in _PASSIVE:
             return self._backward(func, args, kwargs) if name in ("backward", "grad") else func(*args, **kwargs)
         tensors = _tensors(args, kwargs)
+        if torch._C._are_functorch_transforms_active() and any(_requires_grad(t) for t in tensors):
+            raise self._transformed(name, tensors)
         self._pass.recomputes |= torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         if torch.is_grad_enabled():
             for t in tensors:
@@ -604,8 +607,8 @@ class Tap(TorchFunctionMode):
                 trace.data[id(output)] = weakref.ref(output)
         if batch_size == 1:
             return  # see _layout_of
-        plain = not trace.layouts and name not in FOLLOWED and not (name in ELEMENTWISE and len(data) > 1)
-        if not plain or any(o.dim() == 0 or o.shape[0] != batch_size for o in outputs):
+        samplewise = name in POINTWISE or (name in ELEMENTWISE and len(data) == 1 and all(o.dim() == data[0].dim() for o in outputs))
+        if trace.layouts or not samplewise or any(o.dim() == 0 or o.shape[0] != batch_size for o in outputs):
             inputs = [(t, self._layout_of(t)) for t in data]
             for output, layout in zip(outputs, propagate(func, name, inputs, args, kwargs, outputs, batch_size)):
                 self._mark(output, layout)
@@ -735,6 +738,14 @@ class Tap(TorchFunctionMode):
             ):
                 return f"module '{name}' ({type(module).__name__})"
         return "a call of batch_norm"
+
+    def _transformed(self, name: str, tensors: Sequence[Tensor]) -> UnsupportedUseError:
+        parameters = ", ".join(sorted({repr(self._name_of(t)) for t in tensors if self._is_tracked(t)}))
+        what = f"parameter {parameters}" if parameters else "a tensor that carries samples"
+        return UnsupportedUseError(
+            f"ghostgrad: '{name}' uses {what} inside a transform of torch.func (vmap, grad, jvp ...), out of which the samples cannot be followed. Write the "
+            "operation for the whole batch, or keep what it uses out of the tapped block."
+        )
 
     def _no_batch_size(self, p: Tensor) -> TapStateError:
         return TapStateError(
@@ -944,6 +955,13 @@ def _input_hook(tap: Tap) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any
     return hook
 
 
+def _requires_grad(t: Tensor) -> bool:
+    """The same for the tensor inside the wrappers of torch.func's transforms."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t.requires_grad
+
+
 def _memory(t: Tensor) -> int:
     """The identity of a tensor's storage; unlike an address, tensors without data have one."""
     return t.untyped_storage()._cdata
@@ -965,7 +983,7 @@ def _shows_elements(out: Tensor, root: Tensor, name: str) -> bool:
     """True if ``out`` is a view of elements of ``root``, each at most once."""
     return (
         name not in _OVERLAPPING
-        and out.dtype == root.dtype
+        and (out.dtype, out.is_conj(), out.is_neg()) == (root.dtype, root.is_conj(), root.is_neg())
         and _memory(out) == _memory(root)
         and all(stride != 0 or size == 1 for size, stride in zip(out.size(), out.stride()))
     )
