@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import UnsupportedUseError
 from .layout import Layout
+from .samplewise import tracing
 from .tap import _ACTIVE, Tap
 
 __all__: list[str] = []
@@ -150,11 +151,6 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 # In the graph
 
 
-def _tracing() -> bool:
-    """True while AOTAutograd traces; not while Dynamo merely looks what shapes come out."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL) is not None
-
-
 def _begin(
     pool: Tensor,
     inputs: list[Tensor],
@@ -168,7 +164,7 @@ def _begin(
 ) -> list[Tensor]:
     """Opens the tap of the trace. Returns the inputs: the graph has to need this call."""
     inputs = [t.view_as(t) for t in inputs]
-    if _tracing():
+    if tracing():
         options = {"by_param": by_param, "want_grad": want_grad, "batch_dim": batch_dim, "expand_limit": expand_limit, "constants": constants}
         _TracedTap(dict(zip(names, parameters)), pool, inputs, options).open()
     elif not isinstance(pool, torch._subclasses.FakeTensor):  # a backend that runs the graph as it is: the tap that is open sees it all
@@ -203,8 +199,6 @@ class _Draw(torch.autograd.Function):
 
 class _TracedTap(Tap):
     """The tap that serves while the graph is traced. Its leaves are drawn from the pool."""
-
-    traced = True
 
     def __init__(self, parameters: Mapping[str, Tensor], pool: Tensor, inputs: Sequence[Tensor], options: dict[str, Any]):
         super().__init__(parameters, **options)

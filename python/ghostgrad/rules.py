@@ -35,7 +35,7 @@ from . import ops
 from .contributions import Contribution, Full, Outer, Rows
 from .errors import BatchCouplingError, UnsupportedUseError
 from .layout import ELEMENTWISE, PLAIN, AnyLayout, Layout, Mixed, propagate, to_samples
-from .samplewise import agree, map_samples, tried
+from .samplewise import agree, map_samples, static, tracing, tried
 
 __all__ = ["Call", "expand_tap", "linear", "reference_call", "register_rule", "rule_for"]
 
@@ -567,16 +567,12 @@ def reference_call(call: Call, *args: Any, **kwargs: Any) -> Any:
         filled_args, filled_kwargs = pytree.tree_unflatten([values.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
         return call.func(*filled_args, **filled_kwargs)
 
-    rng = None if call.tap.traced else torch.get_rng_state()
+    rng = None if tracing() else torch.get_rng_state()
     plain, plain_spec = pytree.tree_flatten(run({}))
     if not any(isinstance(t, Tensor) and t.requires_grad for t in plain):  # a comparison, say: nothing flows back
         return pytree.tree_unflatten(plain, plain_spec)
-    if rng is None:
-        raise call.unsupported(
-            "it has no fused rule, and under torch.compile there are no values on which to check the reference path. Register a rule (gg.register_rule), "
-            "or leave this model uncompiled"
-        )
-    random = not torch.equal(rng, torch.get_rng_state())
+    random = rng is not None and not torch.equal(rng, torch.get_rng_state())
+    batch_size = int(batch_size)  # a graph that is being traced is specialised to it
     plain = [t.detach() if isinstance(t, Tensor) else t for t in plain]
     if batch_size == 0:
         raise call.unsupported("an empty batch cannot take the reference path")
@@ -602,7 +598,7 @@ def reference_call(call: Call, *args: Any, **kwargs: Any) -> Any:
             return list(pytree.tree_leaves(run(dict(zip(split, values)))))
 
         try:
-            results = map_samples(single, list(split.values()), batch_size)
+            results = map_samples(single, [static(t) for t in split.values()], batch_size)
         except Exception as error:
             raise call.unsupported(f"the operation does not run on single samples ({type(error).__name__}: {error})") from error
         outputs: list[Any] = []
@@ -613,11 +609,11 @@ def reference_call(call: Call, *args: Any, **kwargs: Any) -> Any:
                 continue
             layout = _output_layout(call, result.shape[1:], whole.shape, batch_size)
             merged = result.unflatten(layout.dim + 1, (layout.outer, layout.inner)).movedim(0, layout.dim + 1).flatten(layout.dim, layout.dim + 2)
-            if not random and not agree(merged.detach(), whole):
+            if rng is not None and not random and not agree(merged.detach(), whole):
                 raise mixes
             layouts.append(layout)
             outputs.append(merged)
-        if not random and any(_alike(leaves[i]) for i in split):  # zeros hide what is mixed
+        if rng is None or (not random and any(_alike(leaves[i]) for i in split)):  # zeros hide what is mixed, and a traced graph has no values
             others = [torch.rand_like(leaf) if i in split and i not in places else leaf for i, leaf in enumerate(leaves)]
             other_args, other_kwargs = pytree.tree_unflatten(others, spec)
             if not tried(call.func, [(leaves[i], layout) for i, layout in places.items()], other_args, other_kwargs, layouts, batch_size):

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from .reference import accumulation_dtype
 
-__all__ = ["POINTWISE", "agree", "keeps_apart", "map_samples", "tried"]
+__all__ = ["POINTWISE", "agree", "hint", "keeps_apart", "map_samples", "static", "tracing", "tried", "with_values"]
 
 # Every element of the result depends on the element at its place alone (and on constants and chance), or on nothing but the shape.
 POINTWISE = frozenset(
@@ -60,6 +61,39 @@ def agree(x: Tensor, y: Tensor) -> bool:
     eps = torch.finfo(accumulation_dtype(x.dtype) if x.dtype == torch.float64 else x.dtype).eps
     scale = y.abs().nan_to_num(0, 0, 0).amax().item() if y.numel() else 0.0
     return torch.allclose(x, y, rtol=math.sqrt(eps), atol=math.sqrt(eps) * scale, equal_nan=True)
+
+
+def tracing() -> bool:
+    """True while AOTAutograd traces a graph: tensors have shapes then, but no values."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL) is not None
+
+
+def hint(n: Any) -> int:
+    """A size; of a symbolic one the number at hand."""
+    size: int = n if isinstance(n, int) else n.node.hint
+    return size
+
+
+def static(t: Tensor) -> Tensor:
+    """A tensor of known sizes: nothing can be mapped over samples of an unknown number, so a graph that is being traced is specialised to those at hand."""
+    return t if all(isinstance(n, int) for n in t.shape) else t.reshape([int(n) for n in t.shape])
+
+
+@contextmanager
+def with_values(leaves: Sequence[Any]) -> Iterator[list[Any]]:
+    """The arguments of a call, as they are; while a graph is traced, with random numbers in the place of its tensors, on which torch functions then run.
+    Raises TypeError for a tensor that has no values and does not take random ones: an index, a mask."""
+    if not tracing():
+        yield list(leaves)
+        return
+    with torch.utils._python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction():
+
+        def real(t: Tensor) -> Tensor:
+            if not t.is_floating_point() and not t.is_complex():
+                raise TypeError("an index or a mask has no values while a graph is traced")
+            return torch.rand([hint(n) for n in t.shape], dtype=t.dtype, device=t.device)
+
+        yield [real(leaf) if isinstance(leaf, Tensor) else hint(leaf) if isinstance(leaf, torch.SymInt) else leaf for leaf in leaves]
 
 
 def map_samples(single: Callable[..., list[Any]], tensors: Sequence[Tensor], batch_size: int) -> list[Any]:
@@ -102,7 +136,7 @@ def keeps_apart(
         return False
     key = _signature(func, inputs, args, kwargs, layouts, batch_size)
     if key is None or key not in _TRIED:
-        apart = not torch.compiler.is_compiling() and tried(func, inputs, args, kwargs, layouts, batch_size)
+        apart = tried(func, inputs, args, kwargs, layouts, batch_size)
         if key is None:
             return apart
         if len(_TRIED) >= 1 << 12:
@@ -142,7 +176,20 @@ def tried(func: Any, inputs: Sequence[tuple[Tensor, Any]], args: Any, kwargs: An
     where the operation does not take random numbers. ``inputs``: the tensors among the arguments that carry samples, with their layouts; ``layouts``: those of
     the results."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    places = {i: layout for i, leaf in enumerate(leaves) for t, layout in inputs if leaf is t}
+    places = {i: _known(layout) for i, leaf in enumerate(leaves) for t, layout in inputs if leaf is t}
+    layouts, batch_size = [_known(layout) for layout in layouts], hint(batch_size)
+    try:
+        with _own_chance(inputs[0][0]), with_values(leaves) as values:
+            return _tried(func, values, spec, places, layouts, batch_size)
+    except TypeError:
+        return False
+
+
+def _known(layout: Any) -> Any:
+    return replace(layout, outer=hint(layout.outer), inner=hint(layout.inner)) if hasattr(layout, "outer") else layout
+
+
+def _tried(func: Any, leaves: list[Any], spec: Any, places: dict[int, Any], layouts: Sequence[Any], batch_size: int) -> bool:
 
     def run(values: dict[int, Tensor]) -> list[Any]:
         filled_args, filled_kwargs = pytree.tree_unflatten([values.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
@@ -172,10 +219,9 @@ def tried(func: Any, inputs: Sequence[tuple[Tensor, Any]], args: Any, kwargs: An
         wide = torch.complex128 if t.is_complex() else torch.float64
         return torch.rand_like(t, dtype=wide if alone else t.dtype) if t.is_floating_point() or t.is_complex() else t
 
-    with _own_chance(inputs[0][0]):
-        for data in ({i: random(t) for i, t in given.items()}, given):
-            try:
-                return outcome(data)
-            except Exception:  # random numbers that it does not take, or single samples that it does not take
-                continue
+    for data in ({i: random(t) for i, t in given.items()}, given):
+        try:
+            return outcome(data)
+        except Exception:  # random numbers that it does not take, or single samples that it does not take
+            continue
     return False

@@ -34,7 +34,7 @@ from .errors import GhostgradError, TapStateError, UnsupportedUseError
 from .layout import ELEMENTWISE, PLAIN, AnyLayout, Layout, Mixed, propagate
 from .reference import accumulation_dtype
 from .rules import Call, writes_in_place
-from .samplewise import POINTWISE
+from .samplewise import POINTWISE, hint, static
 
 __all__ = ["Tap", "declare_samples", "tap"]
 
@@ -167,14 +167,9 @@ class _Node:
         return set().union(*(node.roots() for _, node, _ in self.parents))
 
 
-def _static(t: Tensor) -> Tensor:
-    """A tensor of known sizes: batched VJPs cannot be compiled for symbolic ones, so the graph is specialised to those at hand."""
-    return t if all(isinstance(n, int) for n in t.shape) else t.reshape([int(n) for n in t.shape])
-
-
 def _pull_back(view: _View, grad: Tensor, batched: bool = False) -> Tensor:
     """The vector-Jacobian product of a view, for one gradient or for a batch of them."""
-    grad = _static(grad) if batched else grad
+    grad = static(grad) if batched else grad
     (pulled,) = torch.autograd.grad(
         view.tensor, view.root, grad.to(view.tensor.dtype), retain_graph=True, create_graph=torch.is_grad_enabled(), is_grads_batched=batched
     )
@@ -303,7 +298,7 @@ class _DerivedNode(_Node):
     def collect(self) -> tuple[None, None]:
         contributions = self.take()
         if contributions:
-            per_sample = _static(_materialise(contributions).to(self.dtype))  # (B, *shape)
+            per_sample = static(_materialise(contributions).to(self.dtype))  # (B, *shape)
             pulled = torch.autograd.grad(
                 self.source,
                 [tensor for tensor, _, _ in self.parents],
@@ -408,7 +403,6 @@ def _is(ref: weakref.ref[Tensor] | None, t: Tensor) -> bool:
 class Tap(TorchFunctionMode):
     """Per-sample squared gradient norms of what runs inside its block. Made by :func:`tap`, which documents the arguments."""
 
-    traced = False  # what runs has shapes but no values: it is being compiled
     _make_regions: Callable[[Tap], Any]  # both are set by ghostgrad.compiled, which stands after this module
     _make_stand_in: Callable[[nn.Module], Any]
 
@@ -857,8 +851,7 @@ class Tap(TorchFunctionMode):
 
     def _admit(self, names: str, operation: str, copies: Any) -> None:
         """Warns once of copies of a parameter for each sample; refuses those that do not fit."""
-        if not isinstance(copies, int):  # of symbolic sizes: those at hand decide
-            copies = copies.node.hint
+        copies = hint(copies)
         size = f"{copies / 2**20:.1f} MiB" if copies < 1 << 30 else f"{copies / 2**30:.2f} GiB"
         if copies > self.expand_limit:
             raise UnsupportedUseError(
