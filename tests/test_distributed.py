@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 import ghostgrad as gg
 
@@ -62,12 +62,16 @@ def _worker(rank: int, kind: str, port: int, folder: str) -> None:
     os._exit(0)  # the results are on disk; taking gloo's threads down sometimes aborts the process ("terminate called without an active exception")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_norms_equal_one_process(kind: str, tmp_path: Path) -> None:
+def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_worker, (kind, port, str(tmp_path)), nprocs=WORLD)
+        port: int = free.getsockname()[1]
+        return port
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_norms_equal_one_process(kind: str, tmp_path: Path) -> None:
+    mp.spawn(_worker, (kind, _free_port(), str(tmp_path)), nprocs=WORLD)
     torch.manual_seed(1)
     x, y = torch.randn(B, 6, dtype=torch.float64), torch.randn(B, 4, dtype=torch.float64)
     expected: dict[str, Tensor] = gg.sqnorms(_model(), F.mse_loss, x, y, by_param=True)
@@ -77,3 +81,32 @@ def test_norms_equal_one_process(kind: str, tmp_path: Path) -> None:
         assert [name.removeprefix("module.") for name in got] == list(expected)
         for norm, e in zip(got.values(), expected.values()):
             torch.testing.assert_close(norm, e[mine], rtol=1e-11, atol=0)
+
+
+def _embedding() -> tuple[nn.Sequential, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(10, 8), nn.Flatten(), nn.Linear(40, 4)).double(), torch.randint(10, (B, 5)), torch.randn(B, 4, dtype=torch.float64)
+
+
+def _embedding_worker(rank: int, style: ParallelStyle, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    model, x, y = _embedding()
+    model = parallelize_module(model, init_device_mesh("cpu", (WORLD,)), {"0": style})  # type: ignore[assignment]
+    with gg.tap(model) as tap:
+        F.mse_loss(model(x), y).backward()
+    torch.save((tap.sqnorms(), model[0].weight.grad.full_tensor()), Path(folder) / f"{rank}.pt")  # type: ignore[operator,union-attr]
+    dist.barrier()
+    os._exit(0)
+
+
+@pytest.mark.parametrize("style", [ColwiseParallel(output_layouts=Replicate()), RowwiseParallel(input_layouts=Replicate())], ids=["columns", "rows"])
+def test_tables_in_parts(style: ParallelStyle, tmp_path: Path) -> None:
+    mp.spawn(_embedding_worker, (style, _free_port(), str(tmp_path)), nprocs=WORLD)
+    model, x, y = _embedding()
+    F.mse_loss(model(x), y).backward()
+    expected = gg.sqnorms(model, F.mse_loss, x, y), model[0].weight.grad
+    for rank in range(WORLD):
+        for value, e in zip(torch.load(tmp_path / f"{rank}.pt"), expected):
+            torch.testing.assert_close(value, e, rtol=1e-11, atol=1e-15)

@@ -78,6 +78,19 @@ def true_per_sample(a: Tensor, b: Tensor) -> np.ndarray:
     return np.einsum("btd,btp->bdp", wide_b, wide_a)
 
 
+def picks(B: int, T: int, d: int, vocabulary: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Indices drawn from -1, 0, ... ``vocabulary - 1``, and gradients at them."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-1, vocabulary, (B, T), generator=generator).to(device), draw((B, T, d), dtype, device, seed)
+
+
+def true_embedding_sqnorm(index: Tensor, b: Tensor) -> np.ndarray:
+    """In long double, token by token."""
+    tokens, rows = index.cpu().numpy(), b.detach().cpu().double().numpy().astype(np.longdouble)
+    norms = [sum(((x[t == v].sum(0) ** 2).sum() for v in np.unique(t[t >= 0])), np.longdouble(0)) for t, x in zip(tokens, rows)]
+    return np.array(norms, dtype=np.longdouble)
+
+
 def norms_of(op: str) -> Callable[[Tensor, Tensor], Tensor]:
     """The op as a function from operands to squared norms."""
     function = getattr(ops, op)
@@ -141,6 +154,34 @@ def test_row_sqnorm_is_the_references(shape: tuple[int, ...], dtype: torch.dtype
     assert_honest(value, reference.row_sqnorm(x), truth)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize(
+    ("B", "T", "d", "vocabulary"),
+    [
+        (3, 1, 5, 2),
+        (2, 7, 33, 3),
+        (4, 256, 64, 8192),  # most tokens stand alone
+        (2, 256, 7, 1),  # two tokens, one of them padding
+        (2, 600, 7, 1),  # one token more often than is summed in one go (256)
+        (2, 2100, 3, 40),  # more positions than are sorted in shared memory (2048)
+        (1, 130, 1030, 50),  # one sample cut up; more columns than are summed in one go (1024)
+        (70, 5, 16, 4),
+    ],
+)
+def test_embedding_sqnorm_is_the_references(B: int, T: int, d: int, vocabulary: int, index_dtype: torch.dtype, dtype: torch.dtype, device: str) -> None:
+    index, b = picks(B, T, d, vocabulary, dtype, device)
+    value = ops.embedding_sqnorm(index.to(index_dtype), b)
+    assert value.dtype == accumulation_dtype(dtype)
+    assert_honest(value, reference.embedding_sqnorm(index, b), true_embedding_sqnorm(index, b))
+
+
+def test_embedding_sqnorm_keeps_its_digits() -> None:
+    index, b = torch.zeros(1, 100_000, dtype=torch.int64), torch.rand(1, 100_000, 3) + 0.5
+    assert relative_error(ops.embedding_sqnorm(index, b), true_embedding_sqnorm(index, b)) < 4e-7
+
+
 @pytest.mark.parametrize("op", [*NORMS, *WGRADS])
 def test_long_sums_of_one_sign_keep_their_digits(op: str) -> None:
     # All products positive: the case in which adding one by one in float32 loses most.
@@ -178,6 +219,24 @@ def test_gradients_of_rows(shape: tuple[int, ...]) -> None:
     x = draw(shape, torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(ops.row_sqnorm, (x,))
     assert torch.autograd.gradgradcheck(ops.row_sqnorm, (x,))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("T", "vocabulary"), [(0, 1), (1, 2), (6, 1), (6, 4)])
+def test_gradients_of_picks(T: int, vocabulary: int, device: str) -> None:
+    index, b = picks(3, T, 4, vocabulary, torch.float64, device)
+    assert torch.autograd.gradcheck(lambda b: ops.embedding_sqnorm(index, b), (b.requires_grad_(),))
+    assert torch.autograd.gradgradcheck(lambda b: ops.embedding_sqnorm(index, b), (b,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_picks_are_the_references(dtype: torch.dtype) -> None:
+    index, b = picks(3, 40, 6, 12, dtype)
+    index[index == 3] = 2**60
+    b[0, index[0] < 0] = float("inf")  # where nothing is picked nothing leaks
+    grads = [torch.autograd.grad((op(index, b.requires_grad_()) ** 2).sum(), b)[0] for op in (ops.embedding_sqnorm, reference.embedding_sqnorm)]
+    assert grads[0].dtype == dtype and (grads[0][index < 0] == 0).all() and (index < 0).any()
+    torch.testing.assert_close(*grads, rtol=4 * torch.finfo(dtype).eps, atol=1e-4)
 
 
 @pytest.mark.parametrize("T", [1, 2, 6])
@@ -240,11 +299,22 @@ def test_opcheck(op: str, shape: tuple[int, int, int, int], dtype: torch.dtype, 
     torch.library.opcheck(getattr(torch.ops.ghostgrad, op).default, tuple(x.requires_grad_(requires_grad) for x in arguments))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 1, 4), (2, 9, 4), (0, 3, 4), (2, 0, 4)], ids=str)
+def test_opcheck_of_picks(shape: tuple[int, int, int], dtype: torch.dtype, index_dtype: torch.dtype, requires_grad: bool, device: str) -> None:
+    index, b = picks(*shape, 4, dtype, device)
+    torch.library.opcheck(torch.ops.ghostgrad.embedding_sqnorm.default, (index.to(index_dtype), b.requires_grad_(requires_grad)))
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiles_without_graph_breaks(dynamic: bool | None) -> None:
     def step(a: Tensor, b: Tensor) -> Tensor:
         wgrad, sqnorm = ops.wgrad_and_sqnorm(a, b)
-        return wgrad.sum() + sqnorm.sum() + ops.sqnorm(a, b).sum() + ops.row_sqnorm(a).sum()
+        index = torch.arange(a.shape[1]).remainder(2).expand(a.shape[0], -1)
+        return wgrad.sum() + sqnorm.sum() + ops.sqnorm(a, b).sum() + ops.row_sqnorm(a).sum() + ops.embedding_sqnorm(index, b).sum()
 
     torch._dynamo.reset()
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
@@ -288,6 +358,23 @@ def test_splitting_positions_into_features_leaves_the_parallelogram(op: str) -> 
 def test_one_position_is_rank_one(op: str) -> None:
     a, b = operands(4, 1, 50, 70, torch.float64)
     torch.testing.assert_close(norms_of(op)(a, b), ops.row_sqnorm(a) * ops.row_sqnorm(b), rtol=1e-13, atol=0)
+
+
+def test_renaming_and_reordering_tokens_changes_nothing() -> None:
+    index, b = picks(5, 60, 40, 30, torch.float64)
+    norms = ops.embedding_sqnorm(index, b)
+    names = torch.tensor([2**62, *range(28), 2**63 - 1])[torch.randperm(30, generator=torch.Generator().manual_seed(0))]
+    assert torch.equal(ops.embedding_sqnorm(torch.where(index >= 0, names[index], -(2**63)), b), norms)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ops.embedding_sqnorm(index[:, order], b[:, order]), norms, rtol=1e-13, atol=0)
+    assert torch.equal(ops.embedding_sqnorm(index.flip(0), b.flip(0)), norms.flip(0))
+
+
+def test_tokens_that_are_all_different_or_all_equal() -> None:
+    b = draw((3, 20, 50), torch.float64)
+    torch.testing.assert_close(ops.embedding_sqnorm(torch.arange(20).expand(3, -1), b), ops.row_sqnorm(b), rtol=1e-13, atol=0)
+    torch.testing.assert_close(ops.embedding_sqnorm(torch.tensor(7).expand(3, 20), b), ops.row_sqnorm(b.sum(1)), rtol=1e-13, atol=0)
+    assert torch.equal(ops.embedding_sqnorm(torch.full((3, 20), -1), b), torch.zeros(3, dtype=torch.float64))
 
 
 def test_weights_of_one_change_nothing() -> None:
@@ -337,6 +424,34 @@ def test_any_shape_and_layout(B: int, T: int, p: int, d: int, a_layout: int, b_l
     wgrad, sqnorm = ops.wgrad_and_sqnorm(laid_a, laid_b)
     assert_honest(wgrad, b.flatten(0, 1).mT @ a.flatten(0, 1), per_sample.sum(0))
     assert_honest(ops.row_sqnorm(laid_a), reference.row_sqnorm(a), (a.double().numpy().astype(np.longdouble) ** 2).sum((1, 2)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    B=st.integers(0, 5),
+    T=st.one_of(st.integers(0, 20), st.sampled_from([255, 257])),
+    d=st.integers(0, 70),
+    vocabulary=st.integers(0, 20),
+    layout=st.integers(0, 3),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 3),
+)
+def test_picks_of_any_shape_and_layout(B: int, T: int, d: int, vocabulary: int, layout: int, dtype: torch.dtype, seed: int) -> None:
+    index, b = picks(B, T, d, vocabulary, dtype, seed=seed)
+    truth, plain = true_embedding_sqnorm(index, b), reference.embedding_sqnorm(index, b)
+    assert_honest(ops.embedding_sqnorm(index, list(layouts(b))[layout][1]), plain, truth)
+    assert_honest(ops.embedding_sqnorm(index.mT.contiguous().mT, b), plain, truth)
+
+
+def test_picks_of_nan_and_inf_stay_with_their_sample() -> None:
+    index, b = picks(5, 20, 33, 6, torch.float32)
+    index[3:, 0] = torch.tensor([-1, 0])
+    clean = ops.embedding_sqnorm(index, b)
+    b[1, 0, -1], b[2, 1, -1], b[3, 0, -1] = float("nan"), float("inf"), float("nan")
+    index[1:3] = 3
+    dirty = ops.embedding_sqnorm(index, b)
+    assert torch.equal(dirty[[0, 3, 4]], clean[[0, 3, 4]])  # padding may hold anything
+    assert dirty[1].isnan() and dirty[2].isinf()
 
 
 @pytest.mark.parametrize("op", [*NORMS, *WGRADS])
@@ -407,6 +522,18 @@ def test_bits_do_not_depend_on_threads(op: str, shape: tuple[int, int, int, int]
         assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
 
 
+@pytest.mark.usefixtures("_keep_threads")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 3000, 70), (3, 700, 64), (60, 128, 64)], ids=str)
+def test_bits_of_picks_do_not_depend_on_threads(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    index, b = picks(*shape, 200, dtype)
+    results = []
+    for threads in (1, 2, 3, 5, 1):
+        torch.set_num_threads(threads)
+        results.append(ops.embedding_sqnorm(index, b))
+    assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
 @pytest.mark.parametrize("capability", ["portable", "avx2"])
 def test_lesser_instruction_sets_agree(capability: str) -> None:
     code = (
@@ -416,6 +543,7 @@ def test_lesser_instruction_sets_agree(capability: str) -> None:
         "for x, y in zip((ops.outer_sqnorm(a, b), ops.gram_sqnorm(a, b), ops.row_sqnorm(a), *ops.wgrad_sqnorm(a, b, c)),\n"
         "                (r.outer_sqnorm(a, b), r.gram_sqnorm(a, b), r.row_sqnorm(a), *r.wgrad_sqnorm(a, b, c))):\n"
         "    torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)\n"
+        "index = torch.randint(-1, 8, (3, 21)); torch.testing.assert_close(ops.embedding_sqnorm(index, b), r.embedding_sqnorm(index, b))\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "GHOSTGRAD_CPU_CAPABILITY": capability})
 
@@ -479,6 +607,19 @@ def test_errors_name_op_argument_rule_and_value() -> None:
         ops.row_sqnorm(torch.tensor(1.0))
     with pytest.raises(TypeError, match="row_sqnorm: x must be float32"):
         ops.row_sqnorm(torch.zeros(2, 2, dtype=torch.complex64))
+    index = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"embedding_sqnorm: index must be int64 or int32, got torch.int16"):
+        ops.embedding_sqnorm(index.short(), b)
+    with pytest.raises(TypeError, match=r"embedding_sqnorm: b must be float32, .* got torch.int64"):
+        ops.embedding_sqnorm(index, b.long())
+    with pytest.raises(ValueError, match=r"embedding_sqnorm: index must be \(B, T\), got \(3,\)"):
+        ops.embedding_sqnorm(index[0], b)
+    with pytest.raises(ValueError, match=r"embedding_sqnorm: b must be \(B, T, d\), got \(3, 5\)"):
+        ops.embedding_sqnorm(index, b[0])
+    with pytest.raises(ValueError, match=r"embedding_sqnorm: index and b must agree in batch and positions, got \(2, 3\) and \(2, 2, 5\)"):
+        ops.embedding_sqnorm(index, b[:, :2])
+    with pytest.raises(ValueError, match="embedding_sqnorm: index and b must be on the same device, got cpu and meta"):
+        ops.embedding_sqnorm(index, b.to("meta"))
 
 
 def test_the_bindings_check_again() -> None:
@@ -501,6 +642,11 @@ def test_the_bindings_check_again() -> None:
         raw.wgrad_sqnorm(a, b, torch.ones(3))
     with pytest.raises(RuntimeError, match="row_sqnorm: x must have a batch dimension"):
         raw.row_sqnorm(torch.tensor(1.0))
+    index = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="embedding_sqnorm: index must be int64 or int32"):
+        raw.embedding_sqnorm(index.short(), b)
+    with pytest.raises(RuntimeError, match=r"embedding_sqnorm: index and b must agree in batch and positions, got \(2, 3\) and \(1, 3, 5\)"):
+        raw.embedding_sqnorm(index, b[:1])
 
 
 @pytest.mark.skipif(_C.with_cuda, reason="this build has CUDA kernels")

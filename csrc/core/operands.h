@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "core/macros.h"
 
 namespace ghostgrad::core {
 
@@ -29,6 +30,25 @@ struct Rows {
   int64_t batch;   // B
   int64_t length;  // N
   int64_t batch_stride;
+};
+
+// The operands of embedding_sqnorm: the gradient at each position and the row of the table that it belongs to. The last
+// dimension of b has unit stride, the other strides are free. Positions of a negative index belong to no row.
+struct Picks {
+  const void* index;  // (batch, positions)
+  bool wide_index;    // int64, else int32
+  const void* b;      // (batch, positions, features)
+  DType dtype;        // of b
+  int64_t batch;      // B
+  int64_t positions;  // T, at most 2^30
+  int64_t features;   // d
+  int64_t index_batch_stride, index_position_stride;
+  int64_t b_batch_stride, b_position_stride;
+
+  GHOSTGRAD_HD int64_t token(int64_t sample, int64_t position) const {
+    const int64_t at = sample * index_batch_stride + position * index_position_stride;
+    return wide_index ? static_cast<const int64_t*>(index)[at] : static_cast<const int32_t*>(index)[at];
+  }
 };
 
 }  // namespace ghostgrad::core

@@ -94,4 +94,8 @@ void row_sqnorm(const core::Rows& rows, void* sqnorm, ParallelFor parallel, Capa
   GHOSTGRAD_DISPATCH(capability, row_sqnorm(rows, sqnorm, parallel))
 }
 
+void embedding_sqnorm(const core::Picks& picks, void* sqnorm, ParallelFor parallel, Capability capability) {
+  GHOSTGRAD_DISPATCH(capability, embedding_sqnorm(picks, sqnorm, parallel))
+}
+
 }  // namespace ghostgrad::cpu

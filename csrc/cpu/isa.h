@@ -11,6 +11,7 @@
   void wgrad_sqnorm(const core::Operands& operands, const void* weights, void* wgrad, void* sqnorm, \
                     ParallelFor parallel);                                                          \
   void row_sqnorm(const core::Rows& rows, void* sqnorm, ParallelFor parallel);                      \
+  void embedding_sqnorm(const core::Picks& picks, void* sqnorm, ParallelFor parallel);              \
   }
 
 GHOSTGRAD_DECLARE_KERNELS(portable)

@@ -41,4 +41,9 @@ void row_sqnorm(const core::Rows& rows,
                 void* sqnorm,  // (B,)
                 ParallelFor parallel, Capability capability);
 
+// sqnorm[i] = sum_{v >= 0} ||sum_{t: index[i, t] = v} b[i, t]||^2.
+void embedding_sqnorm(const core::Picks& picks,
+                      void* sqnorm,  // (B,)
+                      ParallelFor parallel, Capability capability);
+
 }  // namespace ghostgrad::cpu

@@ -1,47 +1,18 @@
 // row_sqnorm on the CPU: sqnorm[i] = sum_j x[i, j]^2, at the speed of reading x once.
 //
-// A unit of work is kPiece elements of one row. Within it, four vectors of sums run side by side in the accumulation
-// type for at most kRun elements and then move on to float64: a plain float32 sum over millions of elements loses four
-// digits, this one loses none that float32 can show.
+// A unit of work is kPiece elements of one row, a float64 partial result; partials are added pairwise in a fixed order.
 #include "core/operands.h"
 #include "core/reduce.h"
 #include "core/storage.h"
 #include "core/tiles.h"
 #include "cpu/isa.h"
 #include "cpu/scratch.h"
-#include "cpu/simd.h"
+#include "cpu/squares.h"
 
 namespace ghostgrad::cpu::GHOSTGRAD_ISA {
 namespace {
 
 constexpr int64_t kPiece = 1 << 15;
-constexpr int64_t kRun = 1024;
-
-template <class S>
-double sum_of_squares(const S* x, int64_t length) {
-  using A = core::accumulation_t<S>;
-  constexpr int64_t kStep = kLanes<A>;
-  double total = 0.0;
-  for (int64_t first = 0; first < length; first += kRun) {
-    const int64_t last = core::minimum(length, first + kRun);
-    Vector<A> sums[4] = {};
-    int64_t j = first;
-    for (; j + 4 * kStep <= last; j += 4 * kStep) {
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) {
-        const Vector<A> value = load(x + j + v * kStep);
-        sums[v] += value * value;
-      }
-    }
-    double sum = static_cast<double>(horizontal_sum<A>((sums[0] + sums[1]) + (sums[2] + sums[3])));
-    for (; j < last; ++j) {
-      const A value = core::to_accumulation(x[j]);
-      sum += static_cast<double>(value * value);
-    }
-    total += sum;
-  }
-  return total;
-}
 
 template <class S>
 void run(const core::Rows& rows, void* sqnorm, ParallelFor parallel) {

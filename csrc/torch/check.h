@@ -137,4 +137,35 @@ inline CheckedRows checked_rows(const char* op, const Tensor& x) {  // (B, ...)
   return checked;
 }
 
+struct CheckedPicks {
+  Tensor b;  // (B, T, d)
+  core::Picks picks;
+};
+
+inline CheckedPicks checked_picks(const char* op,
+                                  const Tensor& index,  // (B, T)
+                                  const Tensor& b) {    // (B, T, d)
+  check(index.scalar_type() == ScalarType::Long || index.scalar_type() == ScalarType::Int, op,
+        ": index must be int64 or int32, got scalar type ", static_cast<int>(index.scalar_type()));
+  check(index.dim() == 2, op, ": index must be (B, T), got ", shape_of(index));
+  check(b.dim() == 3, op, ": b must be (B, T, d), got ", shape_of(b));
+  check(index.size(0) == b.size(0) && index.size(1) == b.size(1), op,
+        ": index and b must agree in batch and positions, got ", shape_of(index), " and ", shape_of(b));
+  check(same_device(index, b), op, ": index and b must be on the same device");
+  check(index.size(1) <= int64_t{1} << 30, op, ": at most 2^30 positions, got ", index.size(1));
+  CheckedPicks checked{with_unit_last_stride(b), {}};
+  checked.picks = core::Picks{index.const_data_ptr(),
+                              index.scalar_type() == ScalarType::Long,
+                              checked.b.const_data_ptr(),
+                              dtype_of(op, "b", b),
+                              b.size(0),
+                              b.size(1),
+                              b.size(2),
+                              index.stride(0),
+                              index.stride(1),
+                              checked.b.stride(0),
+                              checked.b.stride(1)};
+  return checked;
+}
+
 }  // namespace ghostgrad::binding

@@ -14,6 +14,8 @@ STABLE_TORCH_LIBRARY(ghostgrad, m) {
   m.def("wgrad_sqnorm(Tensor a, Tensor b, Tensor? weights=None) -> (Tensor, Tensor)");
   // x (B, ...) -> (B,)                                          sum_j x_ij^2
   m.def("row_sqnorm(Tensor x) -> Tensor");
+  // index (B, T), b (B, T, d) -> (B,)                           sum_{v >= 0} ||sum_{t: index[i, t] = v} b_it||^2
+  m.def("embedding_sqnorm(Tensor index, Tensor b) -> Tensor");
 
   // Planned: one of the above, or a plain matrix product and one of the above, whichever core/plan.h expects to be
   // fastest. a (B, T, p), b (B, T, d) -> (B,)

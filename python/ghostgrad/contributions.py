@@ -158,29 +158,25 @@ class Gathered(Contribution):
     def batch_size(self) -> int:
         return self.index.shape[0]
 
-    def _picked(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Sample, index and gradient of each pick that counts."""
-        sample = torch.arange(self.batch_size, device=self.index.device)[:, None].expand_as(self.index)
-        keep = self.index >= 0
-        return sample[keep], self.index[keep], self.b[keep]
+    def _added(self, index: Tensor, rows: int) -> Tensor:
+        """(rows, d): row v is the sum of ``b`` where ``index`` is v. Its shape depends on no value: what has a negative index is added to a row too many."""
+        if self.b.numel() == 0:  # zeros that stay in the graph: the double backward of the function below cannot shape an empty tensor
+            return self.b.new_zeros(rows, self.b.shape[-1]) + self.b.sum()
+        index = torch.where(self.index >= 0, index, rows)
+        return torch.ops.aten.embedding_dense_backward(self.b, index, rows + 1, rows, False).narrow(0, 0, rows)
 
     def total(self) -> Tensor:
-        _, index, b = self._picked()
         if self.sparse:
-            return torch.sparse_coo_tensor(index[None], b, (self.rows, self.b.shape[-1]))
-        return b.new_zeros(self.rows, self.b.shape[-1]).index_add(0, index, b)
+            keep = self.index >= 0
+            return torch.sparse_coo_tensor(self.index[keep][None], self.b[keep], (self.rows, self.b.shape[-1]))
+        return self._added(self.index, self.rows)
 
     def materialise(self) -> Tensor:
-        sample, index, b = self._picked()
-        flat = b.new_zeros(self.batch_size * self.rows, self.b.shape[-1]).index_add(0, sample * self.rows + index, b)
-        return flat.view(self.batch_size, self.rows, -1)
+        first = self.rows * torch.arange(self.batch_size, device=self.index.device)[:, None]
+        return self._added(first + self.index, self.batch_size * self.rows).view(self.batch_size, self.rows, self.b.shape[-1])
 
     def sqnorm(self) -> Tensor:
-        sample, index, b = self._picked()
-        keys, inverse = torch.unique(sample * self.rows + index, return_inverse=True)
-        summed = b.new_zeros(len(keys), self.b.shape[-1]).index_add(0, inverse, b)  # equal tokens of a sample add before they are squared
-        squares = ops.row_sqnorm(summed)
-        return squares.new_zeros(self.batch_size).index_add(0, keys // max(self.rows, 1), squares)
+        return ops.embedding_sqnorm(self.index, self.b)
 
     def form(self) -> Any:
         return Gathered, self.b.dtype, self.sparse
@@ -290,9 +286,16 @@ def inner(x: Contribution, y: Contribution) -> Tensor | None:
     if isinstance(x, Outer) and isinstance(y, Gathered):
         x, y = y, x
     if isinstance(x, Gathered) and isinstance(y, Outer) and y.a.dim() == 3:
-        # <e_v g_t^T summed, b^T a> = sum_{s,t} b_s[v_t] <a_s, g_t>: a tied embedding and head
-        dtype = accumulation_dtype(y.a.dtype)
-        index = x.index.clamp_min(0)[:, None, :].expand(-1, y.b.shape[1], -1)  # (B, S, T)
-        picked = torch.where(x.index[:, None, :] >= 0, y.b.gather(2, index), 0).to(dtype)
-        return (picked * (y.a.to(dtype) @ x.b.to(dtype).mT)).sum((1, 2))
+        # <e_v g_t^T summed, b^T a> = sum_{s,t} b_s[v_t] <a_s, g_t>: a tied embedding and head. Formed for a few samples at a time, or for a few s.
+        T, S, dtype = x.index.shape[1], y.a.shape[1], accumulation_dtype(y.a.dtype)
+        positions = min(max(1, _CHUNK // max(T, 1)), max(S, 1))
+        samples = max(1, _CHUNK // max(positions * T, 1))
+        chunks = []
+        for index, g, a, b in zip(x.index.split(samples), x.b.split(samples), y.a.split(samples), y.b.split(samples)):
+            products = []  # (samples, T), for each few s
+            for a_s, b_s in zip(a.split(positions, 1), b.split(positions, 1)):
+                picked = b_s.gather(2, index.clamp_min(0).long()[:, None].expand(-1, b_s.shape[1], -1))  # (samples, positions, T)
+                products.append((picked.to(dtype) * (a_s.to(dtype) @ g.to(dtype).mT)).sum(1))
+            chunks.append(torch.where(index >= 0, sum(products[1:], products[0]), 0).sum(1))
+        return torch.cat(chunks)
     return None

@@ -26,6 +26,11 @@ def _(x: Any) -> list[Any]:
     return [([Replicate()], [Replicate()]), ([Shard(0)], [Shard(0)]), *features]
 
 
+@register_sharding(_OPS.embedding_sqnorm.default)
+def _(index: Any, b: Any) -> list[Any]:
+    return [([Replicate()], [Replicate(), Replicate()]), ([Shard(0)], [Shard(0), Shard(0)]), ([Partial()], [Replicate(), Shard(2)])]
+
+
 @register_sharding([_OPS.sqnorm.default, _OPS.outer_sqnorm.default, _OPS.gram_sqnorm.default])
 def _(a: Any, b: Any) -> list[Any]:
     return [

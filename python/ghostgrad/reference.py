@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["accumulation_dtype", "gram_sqnorm", "outer_sqnorm", "row_sqnorm", "wgrad_sqnorm"]
+__all__ = ["accumulation_dtype", "embedding_sqnorm", "gram_sqnorm", "outer_sqnorm", "row_sqnorm", "wgrad_sqnorm"]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -59,3 +59,14 @@ def row_sqnorm(
 ) -> Tensor:  # (B,)
     """``sq_i = sum_j x_ij^2`` over everything but the first dimension."""
     return x.to(accumulation_dtype(x.dtype)).flatten(1).square().sum(1) if x.dim() > 1 else x.to(accumulation_dtype(x.dtype)).square()
+
+
+def embedding_sqnorm(
+    index: Tensor,  # (B, T)
+    b: Tensor,  # (B, T, d)
+) -> Tensor:  # (B,)
+    """``sq_i = sum_{v >= 0} ||sum_{t: index_it = v} b_it||^2``: rows of equal index add before they are squared, rows of negative index do not count."""
+    b = torch.where(index[..., None] >= 0, b, 0).to(accumulation_dtype(b.dtype))
+    token = torch.searchsorted(index.sort(1).values, index.contiguous())  # (B, T), below T: equal for equal indices of a sample
+    summed = torch.zeros_like(b).scatter_add(1, token[..., None].expand_as(b), b)
+    return summed.square().sum((1, 2))

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <initializer_list>
+#include <map>
 #include <random>
 #include <vector>
 
@@ -119,9 +120,64 @@ static void test(cpu::Capability capability, int64_t B, int64_t T, int64_t p, in
   }
 }
 
+// Tokens drawn from `vocabulary` of them, spread over all of int64 or int32, about one in eight negative.
+template <class S, class Index>
+static void test_embedding(cpu::Capability capability, int64_t B, int64_t T, int64_t d, int64_t vocabulary) {
+  using A = core::accumulation_t<S>;
+  const std::vector<S> b = draw<S>(B * T * (d + 3), 1);
+  std::mt19937_64 generator(2);
+  std::vector<Index> tokens(static_cast<size_t>(vocabulary)), index(static_cast<size_t>(B * T * 2 + 1));
+  for (Index& token : tokens) {
+    token = static_cast<Index>(generator());
+    if (token < 0 && generator() % 4 != 0) token = static_cast<Index>(-(token + 1));
+  }
+  for (Index& token : index) token = tokens[generator() % tokens.size()];
+  const core::Picks picks{index.data(), sizeof(Index) == 8, b.data(), dtype_of<S>(), B, T, d, 2 * T, 2, T * (d + 3),
+                          d + 3};
+
+  std::vector<A> forwards(static_cast<size_t>(B), A(-1)), result = forwards;
+  cpu::embedding_sqnorm(picks, forwards.data(), cpu::serial(), capability);
+  cpu::embedding_sqnorm(picks, result.data(), backwards(), capability);
+  EXPECT(forwards == result, "%s: the order of units shows", cpu::name_of(capability));
+  for (int64_t i = 0; i < B; ++i) {
+    std::map<int64_t, std::vector<long double>> rows;
+    for (int64_t t = 0; t < T; ++t) {
+      const int64_t token = picks.token(i, t);
+      if (token < 0) continue;
+      std::vector<long double>& row = rows[token];
+      row.resize(static_cast<size_t>(d));
+      for (size_t j = 0; j < row.size(); ++j) {
+        row[j] += core::to_accumulation(b[static_cast<size_t>((i * T + t) * (d + 3)) + j]);
+      }
+    }
+    long double truth = 0;
+    for (const auto& [token, row] : rows) {
+      for (long double value : row) truth += value * value;
+    }
+    EXPECT(close(result[static_cast<size_t>(i)], truth, truth, sizeof(A) == 8 ? 1e-14 : 2e-6),
+           "%s embedding (%ld, %ld, %ld, %ld): %g, not %Lg", cpu::name_of(capability), B, T, d, vocabulary,
+           static_cast<double>(result[static_cast<size_t>(i)]), truth);
+  }
+}
+
+template <class S>
+static void test_embeddings(cpu::Capability capability) {
+  const int64_t shapes[][4] = {{0, 3, 4, 2},    {2, 0, 4, 2},     {2, 3, 0, 2},       {3, 1, 5, 9},
+                               {2, 17, 33, 5},  {2, 256, 7, 1},   {2, 257, 7, 1},     {1, 1030, 40, 2},
+                               {2, 9, 1025, 3}, {1, 700, 65, 90}, {3, 300, 70, 4000}, {40, 12, 16, 6}};
+  for (const auto& shape : shapes) {
+    test_embedding<S, int64_t>(capability, shape[0], shape[1], shape[2], shape[3]);
+    test_embedding<S, int32_t>(capability, shape[0], shape[1], shape[2], shape[3]);
+  }
+}
+
 int main() {
   for (cpu::Capability capability : {cpu::Capability::kPortable, cpu::Capability::kAvx2, cpu::Capability::kAvx512}) {
     if (capability > cpu::capability()) continue;  // a lesser machine, or GHOSTGRAD_CPU_CAPABILITY
+    test_embeddings<float>(capability);
+    test_embeddings<double>(capability);
+    test_embeddings<core::BFloat16>(capability);
+    test_embeddings<core::Float16>(capability);
     const int64_t shapes[][4] = {{0, 3, 4, 5},     {2, 0, 4, 5},   {2, 3, 0, 5},     {2, 3, 4, 0},
                                  {1, 1, 1, 1},     {2, 5, 33, 13}, {3, 17, 31, 25},  {2, 64, 48, 36},
                                  {1, 300, 20, 10}, {70, 2, 9, 7},  {1, 4, 270, 300}, {1100, 2, 2, 3}};

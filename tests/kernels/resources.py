@@ -25,16 +25,16 @@ class Resources(NamedTuple):
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
-_TYPES = {"f": "float32", "d": "float64", "8BFloat16": "bfloat16", "7Float16": "float16"}
+_TYPES = {"f": "float32", "d": "float64", "8BFloat16": "bfloat16", "7Float16": "float16", "Lb1E": "true", "Lb0E": "false"}
 
 
 def readable(symbol: str) -> str:
     """``..._sqnorm_kernelIfE...`` as ``..._sqnorm_kernel<float32>``: the name and the first template argument are all that tells our kernels apart."""
     # A kernel in an unnamed namespace: _ZN9ghostgrad4cuda<length>_GLOBAL__N__...<length><name>I<arguments>E...
-    match = re.search(r"\d+([a-z][a-z_]*?)I((?:f|d|NS_4core(?:8BFloat16|7Float16)E|S\w*_)+)E", symbol)
+    match = re.search(r"\d+([a-z][a-z_]*?)I((?:f|d|Lb[01]E|NS_4core(?:8BFloat16|7Float16)E|S\w*_)+)E", symbol)
     if match is None:
         return symbol
-    arguments = re.findall(r"8BFloat16|7Float16|S\w*?_|f|d", re.sub(r"NS_4core|(?<=16)E", "", match.group(2)))
+    arguments = re.findall(r"8BFloat16|7Float16|S\w*?_|Lb[01]E|f|d", re.sub(r"NS_4core|(?<=16)E", "", match.group(2)))
     return f"{match.group(1)}<{', '.join(_TYPES.get(argument, 'same') for argument in arguments)}>"
 
 

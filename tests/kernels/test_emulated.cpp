@@ -7,6 +7,7 @@
 
 #include "../core/expect.h"
 #include "cpu/ops.h"
+#include "cuda/embedding_sqnorm.h"
 #include "cuda/gram_sqnorm.h"
 #include "cuda/outer_sqnorm.h"
 #include "cuda/row_sqnorm.h"
@@ -36,6 +37,14 @@ static std::vector<S> draw(int64_t count, unsigned seed) {
 static std::vector<double> workspace(int64_t bytes) {
   return std::vector<double>(static_cast<size_t>(bytes / 8 + 1), NAN);
 }
+
+struct Way {
+  emulation::Order order;
+  int64_t max_blocks;
+};
+constexpr Way kWays[] = {{emulation::Order::kForwards, INT64_MAX},
+                         {emulation::Order::kBackwards, 2},
+                         {emulation::Order::kShuffled, INT64_MAX}};
 
 template <class S>
 struct Results {
@@ -75,12 +84,7 @@ static void test(int64_t B, int64_t T, int64_t p, int64_t d, bool weighted) {
   cpu::row_sqnorm(rows, truth.row.data(), cpu::serial(), capability);
 
   std::vector<double> first;
-  struct Way {
-    emulation::Order order;
-    int64_t max_blocks;
-  };
-  for (const Way& way : {Way{emulation::Order::kForwards, INT64_MAX}, Way{emulation::Order::kBackwards, 2},
-                         Way{emulation::Order::kShuffled, INT64_MAX}}) {
+  for (const Way& way : kWays) {
     emulation::order = way.order;
     emulation::max_blocks = way.max_blocks;
     Results<S> got(B, d * p);
@@ -111,6 +115,51 @@ static void test(int64_t B, int64_t T, int64_t p, int64_t d, bool weighted) {
   }
 }
 
+// Tokens drawn from `vocabulary` of them, the first of which is negative; with one more, all are equal.
+template <class S, class Index>
+static void test_embedding(int64_t B, int64_t T, int64_t d, int64_t vocabulary) {
+  using A = core::accumulation_t<S>;
+  const int64_t pad = 3;
+  const std::vector<S> b = draw<S>(B * T * (d + pad), 1);
+  std::mt19937_64 generator(2);
+  std::vector<Index> index(static_cast<size_t>(B * T * 2 + 1));
+  for (Index& token : index) {
+    token = static_cast<Index>(static_cast<int64_t>(generator() % static_cast<uint64_t>(vocabulary)) - 1);
+    if (token > 0) token = static_cast<Index>(token * (sizeof(Index) == 8 ? 0x123456789abcd : 12345));
+    if (vocabulary == 1) token = 7;
+  }
+  const core::Picks picks{index.data(), sizeof(Index) == 8, b.data(), kDType<S>, B, T, d, 2 * T, 2, T * (d + pad),
+                          d + pad};
+  std::vector<A> truth(static_cast<size_t>(B), NAN), first;
+  cpu::embedding_sqnorm(picks, truth.data(), cpu::serial(), cpu::capability());
+  for (const Way& way : kWays) {
+    emulation::order = way.order;
+    emulation::max_blocks = way.max_blocks;
+    std::vector<A> got(static_cast<size_t>(B), NAN);
+    EXPECT(cuda::launch_embedding_sqnorm(picks, got.data(), workspace(cuda::embedding_sqnorm_workspace(picks)).data(),
+                                         nullptr) == cudaSuccess);
+    for (size_t i = 0; i < got.size(); ++i) {
+      EXPECT(std::fabs(got[i] - truth[i]) <= (sizeof(A) == 8 ? 1e-13 : 1e-6) * truth[i],
+             "embedding (%ld, %ld, %ld, %ld) sample %zu: %g, not %g", B, T, d, vocabulary, i,
+             static_cast<double>(got[i]), static_cast<double>(truth[i]));
+    }
+    if (first.empty()) first = got;
+    EXPECT(first == got, "embedding (%ld, %ld, %ld): the order of threads or the number of blocks shows", B, T, d);
+  }
+}
+
+static void test_embeddings() {
+  const int64_t shapes[][4] = {{0, 3, 4, 5},     {2, 0, 4, 5},    {2, 3, 0, 5},     {3, 1, 5, 2},
+                               {2, 63, 129, 10}, {2, 64, 128, 4}, {5, 65, 7, 1000}, {2, 300, 4, 1},
+                               {2, 700, 33, 6},  {1, 2048, 3, 9}, {2, 2049, 3, 900}};
+  for (const auto& shape : shapes) {
+    test_embedding<float, int64_t>(shape[0], shape[1], shape[2], shape[3]);
+    test_embedding<double, int32_t>(shape[0], shape[1], shape[2], shape[3]);
+  }
+  test_embedding<core::BFloat16, int32_t>(3, 50, 40, 20);
+  test_embedding<core::Float16, int64_t>(3, 50, 40, 20);
+}
+
 // An infinity in the corner of one sample, next to the padding: that sample's norm is infinite, not NaN, and no other
 // knows.
 static void test_infinity() {
@@ -132,6 +181,7 @@ static void test_infinity() {
 
 int main() {
   test_infinity();
+  test_embeddings();
   const int64_t shapes[][4] = {{0, 3, 4, 5},    {2, 0, 4, 5},    {2, 3, 0, 5},    {2, 3, 4, 0},
                                {1, 1, 1, 1},    {2, 17, 65, 70}, {1, 64, 64, 64}, {2, 130, 5, 9},
                                {1, 300, 3, 66}, {70, 2, 3, 4},   {26, 40, 7, 70}};

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "../core/expect.h"
+#include "cuda/embedding_sqnorm.h"
 #include "cuda/gram_sqnorm.h"
 #include "cuda/outer_sqnorm.h"
 #include "cuda/row_sqnorm.h"
@@ -23,6 +24,8 @@ int main() {
   EXPECT(cuda::launch_outer_sqnorm(o, memory.data(), memory.data(), nullptr) != cudaSuccess);
   EXPECT(cuda::launch_gram_sqnorm(o, memory.data(), memory.data(), nullptr) != cudaSuccess);
   EXPECT(cuda::launch_wgrad_sqnorm(o, nullptr, memory.data(), memory.data(), memory.data(), nullptr) != cudaSuccess);
+  const core::Picks picks{memory.data(), true, memory.data(), core::DType::kFloat32, 1, 2, 3, 2, 1, 6, 3};
+  EXPECT(cuda::launch_embedding_sqnorm(picks, memory.data(), memory.data(), nullptr) != cudaSuccess);
   EXPECT(cuda::launch_row_sqnorm(rows, memory.data(), memory.data(), nullptr) != cudaSuccess);
   return failures;
 }
