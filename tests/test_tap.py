@@ -503,8 +503,6 @@ MIXING = {
     "linear with data as weight": lambda x: F.linear(x, x),
     "roll": lambda x: x.roll(1, dims=0),
     "flip": lambda x: x.flip(0),
-    "permuted samples": lambda x: x[torch.tensor([1, 0, 3, 2])],
-    "shifted samples": lambda x: torch.cat([x[1:], x[:1]]),
     "reshaped in place": lambda x: x.clone().transpose_(0, 1),
     "centring": lambda x: x - x.mean(0),
     "softmax over samples": lambda x: x.softmax(0),
