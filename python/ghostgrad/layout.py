@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -82,11 +82,13 @@ class Ragged:
 @dataclass(frozen=True)
 class Mixed:
     """The samples can no longer be told apart. ``coupled``: because an operation combined them, rather than because it is not understood.
-    ``unseen``: nothing is known of the tensor; a factory made it."""
+    ``unseen``: nothing is known of the tensor; a factory made it. ``gradient``: "summed" if elements add up what several samples give, as a loss does;
+    "entangled" if it is no such sum, so that no part of its gradient is one sample's own."""
 
     reason: str
     coupled: bool = False
     unseen: bool = False
+    gradient: Literal["", "summed", "entangled"] = ""
 
 
 PLAIN = Layout(0)
@@ -157,8 +159,22 @@ ELEMENTWISE = frozenset(
     + ("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__rdiv__", "__pow__", "__rpow__")
     + ("add_", "sub_", "mul_", "div_", "pow_", "lerp_", "addcmul_", "addcdiv_", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__")
 )
+_NEW = frozenset("new_zeros new_ones new_empty new_full".split())
 # Made of sizes: what carries samples among their arguments is a number of rows.
 FACTORIES = frozenset("zeros ones empty rand randn arange range eye tril_indices triu_indices".split())
+# Linear in every tensor, or a choice among elements: what was summed over the samples stays a sum over the samples.
+_LINEAR = (
+    _ORDER_KEEPING
+    | _STRIDED
+    | _JOINS
+    | frozenset(
+        "sum mean nansum nanmean add sub subtract rsub neg negative positive __add__ __radd__ __sub__ __rsub__ __neg__ add_ sub_ __iadd__ __isub__".split()
+    )
+    | frozenset("to type_as float double half bfloat16 cuda cpu clone contiguous detach expand expand_as broadcast_to repeat stack cumsum flip roll".split())
+    | frozenset("where masked_fill max min amax amin maximum minimum median kthvalue sort topk masked_select index_select gather trace diagonal".split())
+)
+_MULTIPLY = _PRODUCTS | frozenset("mul multiply __mul__ __rmul__ mul_ __imul__ dot mv vdot inner outer einsum linear".split())
+_DIVIDE = frozenset("div divide true_divide __truediv__ div_ __itruediv__".split())
 # What may move the samples of a plain tensor although the first dimension keeps its size.
 FOLLOWED = (
     _ORDER_KEEPING
@@ -515,8 +531,27 @@ def propagate(
     layouts = _propagate(func, name, inputs, args, kwargs, outputs, batch_size)
     if any(isinstance(layout, Mixed) for layout in layouts) and (sample := single(*(layout for _, layout in inputs))) is not None:
         # What is made of one sample alone is that sample's, wherever its rows went.
-        return [Ragged(0, sample.expand(output.shape[0])) if output.dim() else layout for output, layout in zip(outputs, layouts)]
-    return layouts
+        return [Ragged(0, sample.expand(output.shape[0])) if output.dim() else Mixed("it is a number of one sample") for output in outputs]
+    return [
+        replace(layout, gradient=_gradient(name, inputs, args), reason=layout.reason)
+        if isinstance(layout, Mixed) and layout.coupled and layout.gradient != "entangled" and output.requires_grad
+        else layout
+        for output, layout in zip(outputs, layouts)
+    ]
+
+
+def _gradient(name: str, inputs: Sequence[tuple[Tensor, AnyLayout]], args: tuple[Any, ...]) -> Literal["", "summed", "entangled"]:
+    """What an operation that mixes samples, or works on mixed ones, does to their gradients (see :class:`Mixed`)."""
+    flowing = [(t, layout) for t, layout in inputs if t.requires_grad]
+    summed = [t for t, layout in flowing if isinstance(layout, Mixed) and layout.gradient]
+    if len(flowing) == 1 and not summed and (len(inputs) > 1 or isinstance(flowing[0][1], Mixed)):
+        return "summed" if name in _MULTIPLY else ""  # what is mixed in, here or before, is data without a gradient; or this is a sum with weights
+    if name in _LINEAR:
+        return "summed"
+    scales = all(t.dim() == 0 for t, _ in inputs if t is not flowing[0][0])  # numbers: a normaliser
+    if len(flowing) == 1 and scales and (name in _MULTIPLY or (name in _DIVIDE and args[0] is flowing[0][0])):
+        return "summed"
+    return "entangled"
 
 
 def _propagate(
@@ -542,15 +577,20 @@ def _propagate(
         # What picks holds no samples, and has no gradient: which rows it picks is all that matters.
         inputs = [(t, layout) for t, layout in inputs if t is args[0]] or inputs
     placed_inputs: list[tuple[Tensor, Known]] = []
+    mixed = [layout for _, layout in inputs if isinstance(layout, Mixed)]
+    if mixed:
+        return [max(mixed, key=lambda layout: (layout.gradient == "entangled", layout.coupled))] * len(outputs)
     for t, layout in inputs:
-        if isinstance(layout, Mixed):
-            return [layout] * len(outputs)
+        assert not isinstance(layout, Mixed)
         placed_inputs.append((t, layout))
     inputs = placed_inputs
     x, layout = placed_inputs[0]
     first = bool(args) and args[0] is x
     if name in _ORDER_KEEPING:
         return [_reshaped(x, layout, output.shape, batch_size) for output in outputs]
+    if name in _NEW and not (isinstance(layout, Layout) and outputs[0].dim() > layout.dim and outputs[0].shape[layout.dim] == x.shape[layout.dim]):
+        plain = outputs[0].dim() and outputs[0].shape[0] == batch_size
+        return [PLAIN if plain else Mixed(f"'{name}' made it, of shape {tuple(outputs[0].shape)}", unseen=True)]
     if name in _STRIDED and first:
         return _strided(func, x, layout, args, kwargs, outputs, batch_size)
     if name in _PICKS and first and (picked := _picked(name, x, layout, args, kwargs, outputs[0], batch_size)) is not None:

@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 
 from . import ops, rules
 from .contributions import Contribution, Full, inner
-from .errors import TapStateError, UnsupportedUseError
+from .errors import BatchCouplingError, TapStateError, UnsupportedUseError
 from .layout import ELEMENTWISE, FACTORIES, FOLLOWED, PLAIN, AnyLayout, Known, Layout, Mixed, placed, propagate
 from .reference import accumulation_dtype
 from .rules import Call, writes_in_place
@@ -504,6 +504,8 @@ class Tap(TorchFunctionMode):
             if name not in _TENSOR_PROPERTIES:
                 return func(*args, **kwargs)
         elif name in _PASSIVE:
+            if name in ("backward", "grad") and args and self._pass.armed:
+                self._refuse_entangled(args[0])
             return self._backward(func, args, kwargs) if self._pass.recomputes and name in ("backward", "grad") else func(*args, **kwargs)
         tensors = _tensors(args, kwargs)
         self._pass.recomputes |= torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
@@ -519,6 +521,16 @@ class Tap(TorchFunctionMode):
             self._follow(func, name, tensors, args, kwargs, out)
         return out
 
+    def _refuse_entangled(self, losses: Any) -> None:
+        """Raises if what is differentiated is not a sum over the samples."""
+        for loss in losses if isinstance(losses, (list, tuple)) else [losses]:
+            layout = self._layout_of(loss) if isinstance(loss, Tensor) else None
+            if isinstance(layout, Mixed) and layout.gradient == "entangled":
+                raise BatchCouplingError(
+                    f"ghostgrad: the loss is no sum over the samples: it is computed from a tensor in which they are mixed ({layout.reason}), so there is no "
+                    "gradient of one sample's loss. Take that term out of the tapped loss, or keep the samples apart in it."
+                )
+
     def _backward(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Backward over a checkpointed forward: what it recomputes must take the same way as before, so interception goes on. Only recomputation runs torch
         functions with gradients enabled there, unless the backward itself is recorded; then this is left alone, and the checkpoint raises."""
@@ -533,15 +545,9 @@ class Tap(TorchFunctionMode):
 
     def _follow(self, func: Any, name: str, tensors: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Keeps track of where the samples are in the result of a call that uses no parameter."""
-        outputs = (
-            [args[0]]
-            if name == "__setitem__"
-            else [out]
-            if isinstance(out, Tensor)
-            else [t for t in out if isinstance(t, Tensor)]
-            if isinstance(out, (tuple, list))
-            else []
-        )
+        outputs = [out] if isinstance(out, Tensor) else [t for t in out if isinstance(t, Tensor)] if isinstance(out, (tuple, list)) else []
+        if name == "__setitem__" and any(isinstance(t, Tensor) and self._is_data(t) for t in (args[0], args[2])):
+            outputs = [args[0]]
         data = [t for t in tensors if self._is_data(t)]
         trace, batch_size = self._trace, self._pass.batch_size
         assert batch_size is not None
