@@ -180,6 +180,14 @@ REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
     "stacked differently": lambda x: torch.stack([x, x[ORDER]]).sum(0),
     "joined differently": lambda x: torch.cat([x, x[ORDER]], 1)[:, :B],
     "samples flipped into rows": lambda x: x[ORDER].T,
+    "distances between samples": lambda x: torch.cdist(x, x),
+    "inner products of samples": lambda x: torch.inner(x, x),
+    "outer product": lambda x: torch.outer(x[:, 0], x[:, 1]),
+    "shifted by padding": lambda x: F.pad(x, (0, 0, 1, -1)),
+    "shifted by a scatter": lambda x: x.slice_scatter(x[1:], 0, 0, B - 1),
+    "reduced into other samples": lambda x: x.index_reduce(0, ORDER, x, "mean"),
+    "a column along a constant": lambda x: x[:, 0] + torch.ones(B, B),
+    "a column expanded": lambda x: x[:, 0].expand(B, B),
     "sorted by value": lambda x: x[ORDER].sort(0).values,
 }
 

@@ -144,11 +144,15 @@ _JOINS = frozenset(("cat", "concat", "concatenate"))
 _PICKS = {"__getitem__": 1, "index_select": 2, "gather": 2, "take_along_dim": 1, "repeat_interleave": 1}
 _WRITES = {
     **dict.fromkeys(("__setitem__", "index_put", "index_put_", "masked_scatter", "masked_scatter_"), (1, 2)),
-    **dict.fromkeys(("index_add", "index_add_", "index_copy", "index_copy_"), (2, 3)),
+    **dict.fromkeys(("index_add", "index_add_", "index_copy", "index_copy_", "index_reduce", "index_reduce_"), (2, 3)),
     **dict.fromkeys(("scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_"), (2, 3)),
     "copy_": (None, 1),
 }
 _FOUND = frozenset("nonzero argwhere where".split())  # the places of the true elements, row by row
+_EXPANSIONS = frozenset(("expand", "expand_as", "broadcast_to"))
+_PAIRS = frozenset(  # of rows, or elements anywhere
+    "cdist pdist outer ger inner kron tensordot cov corrcoef rot90 as_strided slice_scatter select_scatter diagonal_scatter put put_ chain_matmul".split()
+)
 _COUNTS = frozenset("unique unique_consecutive bincount histc masked_select take".split())
 _RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())
 _PACKINGS = frozenset("_pack_padded_sequence _pad_packed_sequence pad_sequence".split())
@@ -190,7 +194,9 @@ FOLLOWED = (
     | _COUNTS
     | _RECURRENT
     | _PACKINGS
-    | {"stack", "einsum", "linear", "layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm"}
+    | _EXPANSIONS
+    | _PAIRS
+    | {"pad", "stack", "einsum", "linear", "layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm"}
 )
 
 
@@ -358,7 +364,7 @@ def _written(
     name: str, x: Tensor, layout: AnyLayout, value: tuple[Tensor, AnyLayout] | None, args: tuple[Any, ...], kwargs: dict[str, Any], batch_size: int
 ) -> AnyLayout:
     """The layout of ``x`` after rows were written into it: its own, if every row went to a row of the same sample."""
-    along = name.startswith(("index_add", "index_copy", "scatter"))  # along one dimension, which comes before the index
+    along = name.startswith(("index_add", "index_copy", "index_reduce", "scatter"))  # along one dimension, which comes before the index
     index = _argument("mask" if "masked" in name else "indices" if "put" in name else "index", _WRITES[name][0], args, kwargs)
     dim = _argument("dim", 1, args, kwargs) % max(x.dim(), 1) if along else 0
     if isinstance(layout, Mixed):
@@ -576,14 +582,10 @@ def _propagate(
     if name in _PICKS or name == "_pack_padded_sequence" or name in _RECURRENT or name == "_pad_packed_sequence":
         # What picks holds no samples, and has no gradient: which rows it picks is all that matters.
         inputs = [(t, layout) for t, layout in inputs if t is args[0]] or inputs
-    placed_inputs: list[tuple[Tensor, Known]] = []
     mixed = [layout for _, layout in inputs if isinstance(layout, Mixed)]
-    if mixed:
+    if mixed or not outputs:
         return [max(mixed, key=lambda layout: (layout.gradient == "entangled", layout.coupled))] * len(outputs)
-    for t, layout in inputs:
-        assert not isinstance(layout, Mixed)
-        placed_inputs.append((t, layout))
-    inputs = placed_inputs
+    placed_inputs = [(t, layout) for t, layout in inputs if not isinstance(layout, Mixed)]  # all of them
     x, layout = placed_inputs[0]
     first = bool(args) and args[0] is x
     if name in _ORDER_KEEPING:
@@ -617,18 +619,24 @@ def _propagate(
         return [Mixed(f"'{name}' normalises over the samples", coupled=True)]
     if name in ("group_norm", "instance_norm", "batch_norm") and layout.dim != 0:
         return [Mixed(f"'{name}' takes dimension 0 for that of the samples, which lie along dimension {layout.dim}", coupled=True)]
+    if name in _PAIRS and not (name == "cdist" and layout.dim < x.dim() - 2):
+        return [Mixed(f"'{name}' may combine samples", coupled=True)] * len(outputs)
+    if name == "pad" and first:
+        sides = kwargs.get("pad", args[1] if len(args) > 1 else ())
+        start = 2 * (x.dim() - 1 - layout.dim)
+        if any(sides[start : start + 2]):
+            return [Mixed("'pad' adds rows along the dimension of the samples, or takes some away")]
     if (name in _JOINS or name in ("stack", "pad_sequence")) and (joined := _joined(name, placed_inputs, args, kwargs, outputs[0], batch_size)) is not None:
         return [joined]
     # Anything else: the samples must lie in the same place in every input (aligned from the right where the operation broadcasts), and be there
     # in the output.
-    width = max(t.dim() for t, _ in inputs) if name in ELEMENTWISE or name in _PRODUCTS else 0
+    widest, place = max(placed_inputs, key=lambda pair: pair[0].dim())
+    width = outputs[0].dim() if name in ELEMENTWISE or name in _EXPANSIONS else widest.dim() if name in _PRODUCTS else 0
     places = [o.at(o.dim + max(width - t.dim(), 0)) for t, o in placed_inputs]
     if any(place != places[0] for place in places[1:]):
         return [Mixed(f"'{name}' combines tensors in which the samples lie differently", coupled=True)] * len(outputs)
-    widest, place = max(placed_inputs, key=lambda pair: pair[0].dim())
+    size, place = widest.size(place.dim), place.at(place.dim + max(width - widest.dim(), 0))
     return [
-        place
-        if output.dim() > place.dim and output.size(place.dim) == widest.size(place.dim)
-        else Mixed(f"'{name}' turns {tuple(widest.shape)} into {tuple(output.shape)}")
+        place if output.dim() > place.dim and output.size(place.dim) == size else Mixed(f"'{name}' turns {tuple(widest.shape)} into {tuple(output.shape)}")
         for output in outputs
     ]

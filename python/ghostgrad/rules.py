@@ -281,7 +281,7 @@ class Call:
         Args:
             forward: plain tensors in, one plain tensor out; nothing in it is recorded.
             backward: ``backward(grad_output, *inputs, *parameters)`` returns one zero-argument function (or None) for each input, giving its gradient,
-                and for each parameter, giving its contribution (:class:`Outer`, :class:`Full`, :class:`Rows`). Only those needed are called.
+                and for each parameter, giving its contribution (:class:`Outer`, :class:`Segments`, :class:`Full`, :class:`Rows`). Only those needed are called.
                 To serve ``create_graph=True`` it must use differentiable operations.
             inputs: tensors that carry samples, or constants.
             parameters: tracked parameters, functions of them, or untracked tensors or None.

@@ -561,7 +561,8 @@ class Tap(TorchFunctionMode):
                 trace.data[id(output)] = weakref.ref(output)
         if batch_size == 1:
             return  # see _layout_of
-        plain = not trace.layouts and name not in FOLLOWED and not (name in ELEMENTWISE and len(data) > 1)
+        wide = name in ELEMENTWISE and (len(data) > 1 or any(o.dim() > data[0].dim() for o in outputs))
+        plain = not trace.layouts and name not in FOLLOWED and not wide
         if not plain or any(o.dim() == 0 or o.shape[0] != batch_size for o in outputs):
             inputs = [(t, self._layout_of(t)) for t in data]
             for output, layout in zip(outputs, propagate(func, name, inputs, args, kwargs, outputs, batch_size)):
@@ -1016,7 +1017,7 @@ def declare_samples(x: Tensor, dim: int = 0, outer: int = 1, inner: int = 1, ind
                     f"ghostgrad.declare_samples: index must be the sample, from 0 to {batch_size} - 1, of each of the {x.shape[dim]} rows of dimension {dim}, "
                     f"got {index.dtype} {tuple(index.shape)}"
                 )
-            tap._mark(x, placed(dim % x.dim(), index.long(), batch_size))
+            tap._mark(x, placed(dim % x.dim(), index.to(x.device, torch.long), batch_size))
             continue
         if batch_size is None or x.shape[dim] != outer * batch_size * inner:
             raise ValueError(f"ghostgrad.declare_samples: dimension {dim} has size {x.shape[dim]}, not outer * B * inner = {outer} * {batch_size} * {inner}")
