@@ -286,3 +286,85 @@ def test_one_sample_with_most_rows_costs_no_memory() -> None:
     samples = torch.cat([torch.zeros(4000, dtype=torch.long), torch.arange(1, 64)])
     segments = Segments(torch.randn(4063, 8), torch.randn(4063, 4), samples, 64)
     assert [outer.a.shape[:2] for _, outer in segments._padded()] == [(63, 1), (1, 4000)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# What a layout says, the Jacobian must confirm
+
+INDEX = torch.tensor([2, 0, 0, 3, 1, 2])
+STEPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "pick": lambda x: x[INDEX % len(x)],
+    "pick the second": lambda x: x[:, INDEX % x.shape[1]],
+    "pick pairs": lambda x: x[INDEX % len(x), INDEX % x.shape[1]],
+    "index_select": lambda x: x.index_select(-1, INDEX % x.shape[-1]),
+    "mask": lambda x: x[torch.arange(x[..., 0].numel()).view(x.shape[:-1]) % 3 > 0],
+    "slice": lambda x: x[1:],
+    "step": lambda x: x[::2, None],
+    "number": lambda x: x[0],
+    "transpose": lambda x: x.transpose(0, 1),
+    "flatten": lambda x: x.flatten(0, 1),
+    "flatten all": lambda x: x.flatten(),
+    "unflatten": lambda x: x.reshape(2, -1, *x.shape[1:]),
+    "unflatten the last": lambda x: x.reshape(*x.shape[:-1], -1, 2),
+    "unsqueeze": lambda x: x.unsqueeze(0),
+    "squeeze": lambda x: x.squeeze(),
+    "expand": lambda x: x.expand(2, *x.shape),
+    "repeat_interleave": lambda x: x.repeat_interleave(2, 0),
+    "repeat": lambda x: x.repeat(2, *(1,) * (x.dim() - 1)),
+    "cat": lambda x: torch.cat([x, x[:1], x]),
+    "cat the last": lambda x: torch.cat([x, x[INDEX[: len(x)] % len(x)]], -1),
+    "stack": lambda x: torch.stack([x, 2 * x], 1),
+    "stack parts": lambda x: torch.stack(list(x.unbind(0))[::-1]),
+    "chunk": lambda x: x.chunk(2)[1],
+    "split": lambda x: x.split([1, len(x) - 1])[1],
+    "sum": lambda x: x.sum(0),
+    "mean of the last": lambda x: x.mean(-1),
+    "softmax": lambda x: x.softmax(1),
+    "gather": lambda x: x.gather(0, torch.zeros_like(x, dtype=torch.long)),
+    "gather rows": lambda x: x.gather(0, (torch.arange(len(x)).flip(0).view(-1, *(1,) * (x.dim() - 1))).expand(x.shape)),
+    "write": lambda x: _written(x, lambda y: y.__setitem__(slice(0, 1), x[-1:])),
+    "write its own": lambda x: _written(x, lambda y: y.__setitem__(INDEX[:1] % len(x), x[INDEX[:1] % len(x)].sin())),
+    "write through a view": lambda x: _written(x, lambda y: y[:1].mul_(x[-1:])),
+    "index_add": lambda x: torch.zeros(7, *x.shape[1:], dtype=x.dtype).index_add(0, torch.arange(len(x)) % 7, x),
+    "index_add of picked": lambda x: torch.zeros_like(x).index_add(0, INDEX % len(x), x[INDEX % len(x)]),
+    "scatter": lambda x: torch.zeros_like(x).scatter_add(0, torch.arange(len(x)).flip(0).view(-1, *(1,) * (x.dim() - 1)).expand(x.shape), x),
+    "constant": lambda x: x * torch.ones(4, *x.shape, dtype=x.dtype),
+    "by another": lambda x: x * x.flip(0).detach() + x[:1],
+    "matmul": lambda x: x @ torch.ones(x.shape[-1], 3, dtype=x.dtype),
+    "square": lambda x: torch.sin(x @ x.mT),
+    "einsum": lambda x: torch.einsum("i...,i...->i...", x, x[INDEX[: len(x)] % len(x)]) if len(x) <= 6 else x,
+    "pad": lambda x: F.pad(x, (0, 0, 1, 0)),
+}
+
+
+@settings(max_examples=400, deadline=None)
+@given(names=st.lists(st.sampled_from(list(STEPS)), min_size=1, max_size=5), b=st.integers(2, 4), t=st.integers(1, 4), d=st.sampled_from([1, 2, 4]))
+def test_layouts_say_what_the_jacobian_says(names: list[str], b: int, t: int, d: int) -> None:
+    """Chains of operations: an element that is said to belong to a sample has no derivative with respect to another one."""
+    x = (torch.randn(b, t, d, dtype=F64) + 3).requires_grad_()
+
+    used: list[str] = []
+
+    def run(x: Tensor) -> Tensor:
+        used.clear()
+        for name in names:
+            try:
+                y = STEPS[name](x)
+            except (RuntimeError, IndexError, ValueError, TypeError):  # not for this shape
+                continue
+            if 0 < y.numel() <= 300:
+                x = y
+                used.append(name)
+        return x
+
+    with gg.tap([torch.zeros(1, requires_grad=True)], batch_size=b) as tap:
+        y = run(x)
+        layout = tap._layout_of(y)
+    inside = list(used)
+    assert run(x).shape == y.shape and used == inside  # following them raises nothing of its own
+    if isinstance(layout, Layout | Ragged):
+        owner = layout.rows(y, b).view(-1, *(1,) * (y.dim() - 1 - layout.dim)).expand(y.shape).flatten()
+        influence = torch.autograd.functional.jacobian(run, x).flatten(y.dim() + 1).ne(0).any(-1).view(y.numel(), b)  # type: ignore[no-untyped-call]
+        for i in range(b):
+            assert not influence[(owner != i) & (owner >= 0), i].any()
+        assert not influence[owner < 0].any()

@@ -290,7 +290,7 @@ def _reshaped(x: Tensor, layout: Known, new_shape: Sequence[int], batch_size: in
     while kept and after % new_shape[kept - 1] == 0:
         kept -= 1
         after //= new_shape[kept]
-    owner = rows.view(1, -1, 1).expand(before, -1, after).reshape(*new_shape[:kept], *(1,) * (len(new_shape) - kept))
+    owner = rows.view(1, -1, 1).expand(before, -1, after).reshape([*new_shape[:kept], *(1,) * (len(new_shape) - kept)])
     return _located(owner, new_shape, batch_size)
 
 
