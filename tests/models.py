@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, rnn
 from torch.utils.checkpoint import checkpoint
 
 B, T, D = 4, 3, 6  # batch, positions, features; cases with coinciding sizes are below
@@ -207,6 +207,136 @@ def _conjugate(m: Lambda, x: Tensor) -> Tensor:
 def _adjoint(m: Lambda, x: Tensor) -> Tensor:
     w = torch.view_as_complex(m.w)
     return torch.view_as_real(_complex(x) @ w @ w.mH).flatten(-2)
+
+
+# Rows that an index picks. ``_head`` is a small network that is applied to them.
+
+
+def _head(m: Lambda, x: Tensor) -> Tensor:
+    return torch.tanh(F.linear(x, m.w, m.c)) @ m.v
+
+
+def head() -> dict[str, tuple[int, ...]]:
+    return {"w": (5, D), "c": (5,), "v": (5, 3)}
+
+
+def _permuted(m: Lambda, x: Tensor) -> Tensor:
+    order = x.flatten(1)[:, 0].argsort()
+    return _head(m, x[order])[order.argsort()]
+
+
+def _permuted_conv(m: Lambda, x: Tensor) -> Tensor:
+    order = x[:, 0, 0, 0].argsort()
+    order = torch.cat([order, order[:1]])  # one sample comes twice
+    return F.conv2d(x[order], m.w, m.c)[: len(x)][order[: len(x)].argsort()]
+
+
+def _siamese(m: Lambda, x: Tensor, y: Tensor) -> Tensor:
+    x, y = _head(m, torch.cat([x, y])).chunk(2)
+    return x * y
+
+
+def _siamese_unequal(m: Lambda, x: Tensor, y: Tensor) -> Tensor:
+    one, many = _head(m, torch.cat([x, y.flatten(0, 1)])).split([len(x), y.shape[0] * y.shape[1]])
+    return one * many.view(*y.shape[:2], -1).sum(1)
+
+
+def _selected(m: Lambda, x: Tensor) -> Tensor:
+    """A head on some tokens alone, as in masked language models."""
+    mask = x[..., 0] > -0.3
+    out = x.new_zeros(*x.shape[:2], 3)
+    out[mask] = _head(m, x[mask])
+    return out
+
+
+def _selected_sums(m: Lambda, x: Tensor) -> Tensor:
+    sample, position = torch.where(x[..., 0] > -0.3)
+    return x.new_zeros(len(x), 3).index_add(0, sample, _head(m, x[sample, position]))
+
+
+def _selected_tokens(m: Lambda, index: Tensor) -> Tensor:
+    """A tied head on some tokens alone."""
+    mask = index > 3
+    h = torch.tanh(F.embedding(index[mask], m.e) @ m.w)
+    return m.e.new_zeros(len(index), 11).index_add(0, mask.nonzero()[:, 0], torch.tanh(h @ m.e.T))
+
+
+def _chosen_matrix(m: Lambda, x: Tensor) -> Tensor:
+    return torch.einsum("bpd,bp->bd", m.w[(x[:, 0] > 0).long()], x)
+
+
+def _one_by_one(m: Lambda, x: Tensor) -> Tensor:
+    return torch.stack([_head(m, sample).mean(0) for sample in x])
+
+
+def _repeated_samples(m: Lambda, x: Tensor) -> Tensor:
+    return _head(m, x.repeat_interleave(3, 0)).unflatten(0, (-1, 3)).cumsum(1)
+
+
+class Experts(nn.Module):
+    """A mixture of experts for tokens, each of which goes to two of them."""
+
+    def __init__(self, experts: int = 5, norm: bool = False):
+        super().__init__()
+        self.gate = nn.Linear(D, experts, bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(D) if norm else nn.Identity(), nn.Linear(D, 5), nn.GELU(), nn.Linear(5, D)) for _ in range(experts)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D)
+        tokens = x.flatten(0, 1)
+        share, chosen = self.gate(tokens).softmax(-1).topk(2, -1)
+        share = share / share.sum(-1, keepdim=True)
+        out = torch.zeros_like(tokens)
+        for i, expert in enumerate(self.experts):
+            row, k = torch.where(chosen == i)
+            out.index_add_(0, row, expert(tokens[row]) * share[row, k, None])
+        return out.view(x.shape)
+
+
+class SwitchedExperts(nn.Module):
+    """Each token goes to one expert; the result is written into a constant, and used by a further layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts, self.out = nn.Linear(D, 3), nn.ModuleList(nn.Linear(D, D) for _ in range(3)), nn.Linear(D, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        share, chosen = self.gate(tokens).softmax(-1).max(-1)
+        out = torch.empty(len(tokens), D, dtype=x.dtype)
+        for i, expert in enumerate(self.experts):
+            out[chosen == i] = expert(tokens[chosen == i]) * share[chosen == i].unsqueeze(-1)
+        return self.out(out.tanh()).view(*x.shape[:2], -1)
+
+
+class Packed(nn.Module):
+    """A recurrent layer on sequences of different lengths, and a head on the packed rows: all outputs and final states."""
+
+    def __init__(self, layer: nn.RNNBase, given: str = "", as_list: bool = False, sort: bool = False):
+        super().__init__()
+        self.rnn, self.given, self.as_list, self.sort = layer, given, as_list, sort
+        width = (layer.proj_size or layer.hidden_size) * (2 if layer.bidirectional else 1)
+        self.head = nn.Linear(width, 3)
+        if given == "learned":
+            self.h = nn.Parameter(torch.randn(layer.num_layers, 1, layer.hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D)
+        batch_first = self.rnn.batch_first
+        lengths = (x[:, :, 0] > 0).sum(1).clamp_min(1)
+        order = lengths.argsort(descending=True) if self.sort else torch.arange(len(x))
+        x, lengths = (x[order], lengths[order]) if self.sort else (x, lengths)
+        if self.as_list:
+            packed = rnn.pack_sequence([sample[:n] for sample, n in zip(x, lengths.tolist())], enforce_sorted=self.sort)
+        else:
+            packed = rnn.pack_padded_sequence(x if batch_first else x.transpose(0, 1), lengths, batch_first, enforce_sorted=self.sort)
+        initial = {"data": lambda: torch.tanh(x[None, :, 0]), "learned": lambda: self.h.expand(-1, len(x), -1).contiguous(), "": lambda: None}[self.given]()
+        out, state = self.rnn(packed, initial)
+        out = rnn.PackedSequence(torch.tanh(self.head(out.data)), *out[1:])
+        rows, _ = rnn.pad_packed_sequence(out, batch_first, total_length=x.shape[1])
+        states = state if isinstance(state, tuple) else (state,)
+        result = torch.cat([(rows if batch_first else rows.transpose(0, 1)).flatten(1), *(s.transpose(0, 1).flatten(1) for s in states)], 1)
+        return result[order.argsort()] if self.sort else result
 
 
 @dataclass(frozen=True)
@@ -511,6 +641,33 @@ CASES = [
     Case("complex conv", lambda: Lambda(lambda m, x: F.conv1d(_complex(x).mT, torch.view_as_complex(m.w)).abs(), w=(2, D // 2, 2, 2)), sequence(), True),
     Case("Fourier transform of a weight", lambda: Lambda(lambda m, x: (torch.fft.rfft(x) * torch.fft.rfft(m.w)).abs(), w=(D,)), sequence(), True),
     Case("phases", lambda: Lambda(lambda m, x: (_complex(x) * torch.polar(m.r.abs(), m.a)).real, r=(D // 2,), a=(D // 2,)), sequence(), True),
+    # Rows picked by an index
+    Case("permuted samples", lambda: Lambda(_permuted, **head()), flat()),
+    Case("permuted samples, sequences", lambda: Lambda(_permuted, **head()), sequence()),
+    Case("permuted samples, conv", lambda: Lambda(_permuted_conv, w=(2, 3, 2, 2), c=(2,)), image()),
+    Case("siamese", lambda: Lambda(_siamese, **head()), lambda: (torch.randn(B, D), torch.randn(B, D))),
+    Case("siamese, unequal", lambda: Lambda(_siamese_unequal, **head()), lambda: (torch.randn(B, D), torch.randn(B, T, D))),
+    Case("selected tokens", lambda: Lambda(_selected, **head()), sequence()),
+    Case("selected tokens, summed", lambda: Lambda(_selected_sums, **head()), sequence()),
+    Case("selected tokens, tied", lambda: Lambda(_selected_tokens, e=(11, D), w=(D, D)), tokens()),
+    Case("a matrix chosen by each sample", lambda: Lambda(_chosen_matrix, w=(2, D, 5)), flat()),
+    Case("samples one by one", lambda: Lambda(_one_by_one, **head()), sequence()),
+    Case("repeated samples", lambda: Lambda(_repeated_samples, **head()), flat()),
+    Case("mixture of experts", Experts, sequence()),
+    Case("mixture of experts, many of them, norms", lambda: Experts(20, True), sequence()),
+    Case("mixture of experts, one each", SwitchedExperts, sequence()),
+    Case("mixture of experts, one sample", Experts, sequence(1)),
+    Case("mixture of experts, equal sizes", Experts, lambda: (torch.randn(6, 6, D),)),
+    Case("packed rnn", lambda: Packed(nn.RNN(D, 5)), sequence(B, 6)),
+    Case("packed rnn, relu, sorted", lambda: Packed(nn.RNN(D, 5, nonlinearity="relu", batch_first=True), sort=True), sequence(B, 6)),
+    Case("packed lstm, two layers, both directions", lambda: Packed(nn.LSTM(D, 5, 2, bidirectional=True)), sequence(B, 6)),
+    Case("packed lstm, projected", lambda: Packed(nn.LSTM(D, 5, 2, bias=False, proj_size=3, batch_first=True)), sequence(B, 6)),
+    Case("packed gru, both directions, sorted", lambda: Packed(nn.GRU(D, 5, bidirectional=True, batch_first=True), sort=True), sequence(B, 6)),
+    Case("packed gru, given state", lambda: Packed(nn.GRU(D, D), "data"), sequence(B, 6)),
+    Case("packed gru, learned state", lambda: Packed(nn.GRU(D, 5), "learned"), sequence(B, 6)),
+    Case("packed gru, from a list", lambda: Packed(nn.GRU(D, 5), as_list=True), sequence(B, 6)),
+    Case("packed lstm, from a sorted list", lambda: Packed(nn.LSTM(D, 5), as_list=True, sort=True), sequence(B, 6)),
+    Case("packed lstm, one sample", lambda: Packed(nn.LSTM(D, 5)), sequence(1, 6)),
     # Sizes that coincide: batch = positions = features
     Case("all sizes equal", lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), sequence(4, 4, 4)),
     Case("equal sizes, positions", lambda: Lambda(lambda m, x: torch.tanh(x + m.p) * m.s, p=(4, 4), s=(4,)), sequence(4, 4, 4)),

@@ -77,8 +77,71 @@ def test_exact_for_every_parameter(build: Callable[[], tuple[nn.Module, dict[str
     assert {row.name for row in report.rows} == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_a_mixture_of_experts_is_refused_by_name() -> None:
-    """Its experts work on tokens of all samples, sorted by expert."""
-    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(num_key_value_heads=1, num_local_experts=3, **TEXT)).eval()
-    with pytest.raises(gg.GhostgradError, match="experts.gate_up_proj"):
-        gg.sqnorms(model, loss_fn, {"input_ids": ids()}, torch.randn(B))
+def mixtral(implementation: str) -> nn.Module:
+    config = transformers.MixtralConfig(num_key_value_heads=1, num_local_experts=5, experts_implementation=implementation, **TEXT)
+    model: nn.Module = transformers.MixtralForCausalLM(config).eval()
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:ghostgrad")
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_a_mixture_of_experts_is_exact(implementation: str) -> None:
+    """Expert by expert, one copy of the matrices for each token, or sorted tokens in one grouped product (float32 alone, as torch has it)."""
+    torch.manual_seed(0)
+    model, inputs, target = mixtral(implementation), {"input_ids": ids()}, torch.randn(B)
+    if implementation != "grouped_mm":
+        report = gg.check(model, loss_fn, inputs, target)
+        assert report, f"\n{report}"
+        assert {row.name for row in report.rows} == {name for name, _ in model.named_parameters()}
+    norms = gg.sqnorms(model, loss_fn, inputs, target, by_param=True)
+    model.config._experts_implementation = "eager"
+    exact = gg.sqnorms(model.double(), loss_fn, inputs, target.double(), by_param=True)
+    for name, norm in norms.items():
+        torch.testing.assert_close(norm.double(), exact[name], rtol=1e-5, atol=0, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:ghostgrad")
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_a_mixture_of_experts_with_its_own_loss(implementation: str) -> None:
+    torch.manual_seed(0)
+    model, tokens = mixtral(implementation), ids()
+    with gg.tap(model) as tap:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    for i in range(B):
+        model.zero_grad()
+        model(input_ids=tokens[i : i + 1], labels=tokens[i : i + 1]).loss.backward()
+        torch.testing.assert_close(tap.sqnorms()[i], sum(p.grad.square().sum() for p in model.parameters()), rtol=1e-4, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:ghostgrad")
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_load_balancing_loss_is_refused(masked: bool) -> None:
+    """It multiplies shares of the tokens of all samples, so no part of it is one sample's."""
+    model, tokens = mixtral("eager"), ids()
+    inputs = {"input_ids": tokens, "labels": tokens, "output_router_logits": True, **({"attention_mask": torch.ones_like(tokens)} if masked else {})}
+    with pytest.raises(gg.BatchCouplingError, match="no sum over the samples.*keep the samples apart"), gg.tap(model):
+        model(**inputs).loss.backward()
+    with pytest.raises(gg.BatchCouplingError, match="loss"):
+        gg.sqnorms(model, lambda out, _: out.loss, inputs, torch.zeros(B))
+
+
+@pytest.mark.filterwarnings("ignore:ghostgrad")
+def test_masked_tokens_of_a_language_model() -> None:
+    """The head, tied to the embedding, on the masked tokens alone, and the mean over a sample's own tokens."""
+    torch.manual_seed(0)
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(**TEXT)).eval().double()
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert = bert
+
+        def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+            hidden, mask = self.bert.bert(input_ids).last_hidden_state, labels >= 0
+            losses = torch.nn.functional.cross_entropy(self.bert.cls(hidden[mask]), labels[mask], reduction="none")
+            counts = mask.sum(1)
+            return losses.new_zeros(len(labels)).index_add(0, mask.nonzero()[:, 0], losses) / counts
+
+    labels = torch.where(torch.rand(B, T) < 0.5, ids(), -1)
+    labels[:, 0] = 1
+    assert gg.check(Masked(), lambda losses, _: losses.mean(), {"input_ids": ids(), "labels": labels}, torch.zeros(B))

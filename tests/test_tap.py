@@ -36,10 +36,10 @@ def check_against_the_loop(case: Case, dtype: torch.dtype) -> None:
     norms = tap.sqnorms(by_param=True)
     assert norms.keys() == exact.keys()
     rounding = total(exact) * torch.finfo(dtype).eps  # of the sample's whole norm: below it there is nothing to compare
+    scale = {name: torch.maximum(norm, rounding) for name, norm in exact.items()}
+    plain_error = max(((loop[name] - exact[name]).abs() / scale[name]).max().item() for loop in loops for name in exact)
     for name, norm in norms.items():
-        scale = torch.maximum(exact[name], rounding)
-        plain_error = max(((loop[name] - exact[name]).abs() / scale).max().item() for loop in loops)
-        error = ((norm - exact[name]).abs() / scale).max().item()
+        error = ((norm - exact[name]).abs() / scale[name]).max().item()
         assert norm.dtype == dtype and error <= (1e-10 if dtype == torch.float64 else max(1e-6, 2 * plain_error)), (name, error, plain_error)
     for name, p in model.named_parameters():
         zero = torch.zeros_like(p)
@@ -578,8 +578,6 @@ MIXING = {
     "linear with data as weight": lambda x: F.linear(x, x),
     "roll": lambda x: x.roll(1, dims=0),
     "flip": lambda x: x.flip(0),
-    "permuted samples": lambda x: x[torch.tensor([1, 0, 3, 2])],
-    "shifted samples": lambda x: torch.cat([x[1:], x[:1]]),
     "reshaped in place": lambda x: x.clone().transpose_(0, 1),
     "centring": lambda x: x - x.mean(0),
     "softmax over samples": lambda x: x.softmax(0),
@@ -596,6 +594,55 @@ def test_mixed_samples_are_refused(mix: Callable[[Tensor], Tensor]) -> None:
     model = Lambda(lambda m, x: mix(x @ m.w) @ m.v, w=(B, B), v=(B, B))
     with pytest.raises(gg.GhostgradError, match="'v'"):
         gg.sqnorms(model, loss_fn, torch.randn(B, B), torch.randn(B))
+
+
+ENTANGLED = {
+    "root of a mean": lambda out, y: (out - y).square().mean().sqrt(),
+    "exponential of a mean": lambda out, y: out.square().mean().exp(),
+    "standard deviation": lambda out, y: out.std(),
+    "variance over the batch": lambda out, y: (out - out.mean(0)).square().mean(),
+    "contrastive": lambda out, y: F.cross_entropy(out @ out.T, torch.arange(B)),
+    "distances between samples": lambda out, y: (out - out[[1, 0, 3, 2]]).square().mean(),
+    "entropy of the mean prediction": lambda out, y: -(p := out.softmax(1).mean(0)) @ p.log(),
+    "load of the experts": lambda out, y: out.square().mean() + (F.one_hot(out.argmax(1), 3).double().mean(0) * out.softmax(1).mean(0)).sum(),
+    "relative to a mean": lambda out, y: out.square().sum() / out.square().mean(),
+    "softmax over the batch": lambda out, y: (out.square().sum(1).softmax(0) * out.square().sum(1)).sum(),
+    "reshaped and stacked": lambda out, y: torch.stack([out.mean(), out.mean() ** 2]).sum(),
+}
+
+
+@pytest.mark.parametrize("loss", ENTANGLED.values(), ids=ENTANGLED.keys())
+def test_losses_that_are_no_sum_over_the_samples_are_refused(loss: Callable[..., Tensor], mlp: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, target = mlp
+    with pytest.raises(gg.BatchCouplingError, match="no sum over the samples"):
+        gg.sqnorms(model, loss, x, target[:, None])
+    with pytest.raises(gg.BatchCouplingError, match="no sum over the samples"), gg.tap(model):
+        loss(model(x), target[:, None]).backward()
+    assert gg.sqnorms(model, lambda out, y: loss(out.expand(B, 3), y), x[:1], target[:1, None]).shape == (1,)  # a single sample's, whatever it is
+
+
+WEIGHTS = torch.tensor([0.5, 2.0, 0.0, 1.0], dtype=torch.float64)
+SUMS = {  # with the weights that they give to each sample's mean square
+    "sum divided by the batch": (lambda out, y: out.square().mean(1).sum() / len(out), torch.ones(B)),
+    "weighted": (lambda out, y: (out.square().mean(1) * WEIGHTS).mean(), WEIGHTS),
+    "weighted by a product": (lambda out, y: WEIGHTS @ out.square().mean(1) / B, WEIGHTS),
+    "terms added": (lambda out, y: out.square().mean() + 0.5 * out.square().mean(0).sum() / 3, 1.5 * torch.ones(B)),
+    "divided by a count of the data": (lambda out, y: out.square().mean(1).sum() / (out > -1e9).any(1).sum(), torch.ones(B)),
+    "the largest": (lambda out, y: out.square().mean(1).max() / B, None),
+    "roots of each, listed": (lambda out, y: torch.stack([o.square().mean().sqrt() ** 2 for o in out]).mean(), torch.ones(B)),
+    "listed": (lambda out, y: torch.stack([o.square().mean() for o in out]).mean(), torch.ones(B)),
+    "logits of all samples in one column": (lambda out, y: F.mse_loss(out.flatten(), torch.zeros(3 * B, dtype=out.dtype)), torch.ones(B)),
+}
+
+
+@pytest.mark.parametrize(("loss", "weights"), SUMS.values(), ids=SUMS.keys())
+def test_losses_that_are_sums_over_the_samples(loss: Callable[..., Tensor], weights: Tensor | None, mlp: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, target = mlp
+    plain = gg.sqnorms(model, lambda out, y: out.square().mean(1), x, target)
+    if weights is None:
+        values = model(x).square().mean(1)
+        weights = (values == values.max()).double()
+    torch.testing.assert_close(gg.sqnorms(model, loss, x, target), plain * weights**2)
 
 
 OVERWRITES = {

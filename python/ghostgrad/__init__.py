@@ -19,6 +19,7 @@ from .contributions import Contribution as Contribution
 from .contributions import Full as Full
 from .contributions import Outer as Outer
 from .contributions import Rows as Rows
+from .contributions import Segments as Segments
 from .errors import BatchCouplingError as BatchCouplingError
 from .errors import GhostgradError as GhostgradError
 from .errors import TapStateError as TapStateError

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import ops
 from .reference import accumulation_dtype
 
-__all__ = ["Arranged", "Contribution", "Full", "Gathered", "Outer", "Patches", "Rows", "inner"]
+__all__ = ["Arranged", "Contribution", "Full", "Gathered", "Outer", "Patches", "Rows", "Segments", "inner"]
 
 _CHUNK = 1 << 19  # elements of unfolded patches that are formed at a time
 
@@ -87,8 +87,78 @@ class Outer(Contribution):
     def form(self) -> Any:
         return Outer, self.a.dtype, self.b.dtype, self.a.dim()
 
-    def join(self, others: Sequence[Outer]) -> Outer:
+    def segments(self) -> Segments:
+        samples = torch.arange(self.batch_size, device=self.a.device).repeat_interleave(self.a.shape[1])
+        return Segments(self.a.flatten(0, 1), self.b.flatten(0, 1), samples, self.batch_size)
+
+    def join(self, others: Sequence[Outer | Segments]) -> Outer | Segments:
+        if any(isinstance(o, Segments) for o in others):
+            return self.segments().join(others)
         return Outer(torch.cat([self.a, *(o.a for o in others)], -2), torch.cat([self.b, *(o.b for o in others)], -2))
+
+
+@dataclass
+class Segments(Contribution):
+    """``G_i = sum_r b_r^T a_r`` (d, p) over the rows r of sample i, not formed: an outer product whose samples have any number of rows, in any order.
+    With ``groups`` it is (groups, d, p), and row r adds to the product ``group[r]``."""
+
+    a: Tensor  # (n, p)
+    b: Tensor  # (n, d)
+    samples: Tensor  # (n,) integers
+    samples_in_all: int  # B
+    group: Tensor | None = None  # (n,) integers
+    groups: int = 1
+
+    @property
+    def batch_size(self) -> int:
+        return self.samples_in_all
+
+    def _padded(self) -> list[tuple[Tensor, Outer]]:
+        """The products (numbered sample by sample, group by group) that have rows, as outer products of equally many rows, filled up with zeros. Products
+        with half as many rows to as many stand together, so that rows at most double, however unevenly they are distributed."""
+        owner = self.samples if self.group is None else self.samples * self.groups + self.group
+        order = owner.argsort(stable=True)
+        products, counts = torch.unique_consecutive(owner[order], return_counts=True)
+        starts = counts.cumsum(0) - counts
+        parts = []
+        for size in torch.unique((counts.double() - 0.5).log2().floor()).tolist():  # 2^size < rows <= 2^(size + 1)
+            chosen = (counts > 2**size) & (counts <= 2 ** (size + 1))
+            rows = counts[chosen]
+            longest = int(rows.max())
+            place = torch.arange(longest, device=rows.device)
+            inside = place < rows[:, None]
+            picked, to = order[(starts[chosen, None] + place)[inside]], inside.flatten().nonzero()[:, 0]
+            a, b = (t.new_zeros(len(rows) * longest, t.shape[1]).index_copy(0, to, t[picked]).view(len(rows), longest, -1) for t in (self.a, self.b))
+            parts.append((products[chosen], Outer(a, b)))
+        return parts
+
+    def total(self) -> Tensor:
+        if self.group is None:
+            return self.b.mT @ self.a
+        order = self.group.argsort(stable=True)
+        sizes = torch.bincount(self.group, minlength=self.groups).tolist()
+        return torch.stack([b.mT @ a for a, b in zip(self.a[order].split(sizes), self.b[order].split(sizes))])
+
+    def materialise(self) -> Tensor:
+        g = self.b.new_zeros(self.batch_size * self.groups, self.b.shape[1], self.a.shape[1])
+        for products, outer in self._padded():
+            g = g.index_copy(0, products, outer.materialise())
+        return g if self.group is None else g.unflatten(0, (self.batch_size, self.groups))
+
+    def sqnorm(self) -> Tensor:
+        squares = self.a.new_zeros(self.batch_size * self.groups, dtype=accumulation_dtype(self.a.dtype))
+        for products, outer in self._padded():
+            squares = squares.index_copy(0, products, outer.sqnorm())
+        return squares.view(self.batch_size, self.groups).sum(1)
+
+    def form(self) -> Any:
+        return Outer, self.a.dtype, self.b.dtype, 3 if self.group is None else ("groups", self.groups)
+
+    def join(self, others: Sequence[Outer | Segments]) -> Segments:
+        parts = [self, *(o.segments() if isinstance(o, Outer) else o for o in others)]
+        group = None if self.group is None else torch.cat([part.group for part in parts if part.group is not None])
+        a, b, samples = torch.cat([part.a for part in parts]), torch.cat([part.b for part in parts]), torch.cat([part.samples for part in parts])
+        return replace(self, a=a, b=b, samples=samples, group=group)
 
 
 @dataclass
@@ -283,19 +353,26 @@ class Arranged(Contribution):
 
 def inner(x: Contribution, y: Contribution) -> Tensor | None:
     """``<g_i, h_i>`` (B,) of two contributions of different forms, where that is cheap; else None."""
-    if isinstance(x, Outer) and isinstance(y, Gathered):
+    if isinstance(x, Outer | Segments) and isinstance(y, Gathered):
         x, y = y, x
+    if isinstance(x, Gathered) and isinstance(y, Segments) and y.group is None:
+        products = x.b.new_zeros(x.batch_size, dtype=accumulation_dtype(y.a.dtype))
+        for samples, outer in y._padded():
+            part = inner(replace(x, index=x.index[samples], b=x.b[samples]), outer)
+            assert part is not None
+            products = products.index_copy(0, samples, part)
+        return products
     if isinstance(x, Gathered) and isinstance(y, Outer) and y.a.dim() == 3:
         # <e_v g_t^T summed, b^T a> = sum_{s,t} b_s[v_t] <a_s, g_t>: a tied embedding and head. Formed for a few samples at a time, or for a few s.
         T, S, dtype = x.index.shape[1], y.a.shape[1], accumulation_dtype(y.a.dtype)
         positions = min(max(1, _CHUNK // max(T, 1)), max(S, 1))
-        samples = max(1, _CHUNK // max(positions * T, 1))
+        few = max(1, _CHUNK // max(positions * T, 1))
         chunks = []
-        for index, g, a, b in zip(x.index.split(samples), x.b.split(samples), y.a.split(samples), y.b.split(samples)):
-            products = []  # (samples, T), for each few s
+        for index, g, a, b in zip(x.index.split(few), x.b.split(few), y.a.split(few), y.b.split(few)):
+            parts = []  # (few, T), for each few s
             for a_s, b_s in zip(a.split(positions, 1), b.split(positions, 1)):
-                picked = b_s.gather(2, index.clamp_min(0).long()[:, None].expand(-1, b_s.shape[1], -1))  # (samples, positions, T)
-                products.append((picked.to(dtype) * (a_s.to(dtype) @ g.to(dtype).mT)).sum(1))
-            chunks.append(torch.where(index >= 0, sum(products[1:], products[0]), 0).sum(1))
+                picked = b_s.gather(2, index.clamp_min(0).long()[:, None].expand(-1, b_s.shape[1], -1))  # (few, positions, T)
+                parts.append((picked.to(dtype) * (a_s.to(dtype) @ g.to(dtype).mT)).sum(1))
+            chunks.append(torch.where(index >= 0, sum(parts[1:], parts[0]), 0).sum(1))
         return torch.cat(chunks)
     return None

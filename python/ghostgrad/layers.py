@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contributions import Arranged, Full, Gathered, Outer, Patches
+from .contributions import Arranged, Full, Gathered, Outer, Patches, Segments
 from .errors import BatchCouplingError
-from .layout import PLAIN, Layout
+from .layout import PLAIN, Known, Ragged, placed, sequences, to_samples
 from .rules import Call, add, body, linear, mul, reference_call, register_rule
 
 __all__: list[str] = []
@@ -31,7 +31,7 @@ def _affine(call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, s
         if call.is_parameter(parameter):
             x = combine(call, x, parameter if parameter.shape == shape else call.derive(lambda t: t.view(shape), parameter))
         else:
-            x = call.mark(plain(x, parameter.view(shape)), call.layout(x))
+            x = call.mark(plain(x, parameter.view(shape)), call.layout(x, ragged=True))
     return x
 
 
@@ -39,7 +39,7 @@ def _affine(call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, s
 def layer_norm(
     call: Call, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    layout, shape = call.layout(input), tuple(normalized_shape)
+    layout, shape = call.layout(input, ragged=True), tuple(normalized_shape)
     if layout.dim >= input.dim() - len(shape):
         raise BatchCouplingError(f"ghostgrad: '{call.operation}' of {call.names()} normalises over dimension {layout.dim}, along which the samples lie")
     return _affine(call, call.mark(F.layer_norm(input, shape, None, None, eps), layout), weight, bias, shape)
@@ -47,7 +47,7 @@ def layer_norm(
 
 @register_rule(F.rms_norm, torch.rms_norm)
 def rms_norm(call: Call, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    layout, shape = call.layout(input), tuple(normalized_shape)
+    layout, shape = call.layout(input, ragged=True), tuple(normalized_shape)
     if layout.dim >= input.dim() - len(shape):
         raise BatchCouplingError(f"ghostgrad: '{call.operation}' of {call.names()} normalises over dimension {layout.dim}, along which the samples lie")
     return _affine(call, call.mark(F.rms_norm(input, shape, None, eps), layout), weight, None, shape)
@@ -59,7 +59,7 @@ def _channels(input: Tensor) -> tuple[int, ...]:
 
 @register_rule(F.group_norm)
 def group_norm(call: Call, input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    if (layout := call.layout(input)) != PLAIN and layout.dim != 0:
+    if (layout := call.layout(input, ragged=True)).dim != 0:
         raise call.unsupported("group_norm normalises over the dimension along which the samples lie")
     return _affine(call, call.mark(F.group_norm(input, num_groups, None, None, eps), layout), weight, bias, _channels(input))
 
@@ -76,7 +76,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    layout = call.layout(input)
+    layout = call.layout(input, ragged=True)
     if layout.dim != 0:
         raise call.unsupported("batch_norm's channels lie along the dimension of the samples")
     normalised = F.batch_norm(input, running_mean, running_var, None, None, False, momentum, eps)
@@ -95,21 +95,49 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    if (layout := call.layout(input)).dim != 0:
+    if (layout := call.layout(input, ragged=True)).dim != 0:
         raise call.unsupported("instance_norm's channels lie along the dimension of the samples")
     normalised = F.instance_norm(input, running_mean, running_var, None, None, use_input_stats, momentum, eps)
     return _affine(call, call.mark(normalised, layout), weight, bias, _channels(input))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
+# Mixtures of experts: one product for each group of rows
+
+
+def _grouped_mm(call: Call, input: Tensor, weight: Tensor, *, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None) -> Tensor:
+    """``y_r = x_r W_e``, ``input`` (n, p), ``weight`` (experts, p, d): rows up to ``offs[0]`` meet the first matrix, those up to ``offs[1]`` the second."""
+    if not call.is_data(input) or not call.is_parameter(weight) or input.dim() != 2 or weight.dim() != 3 or offs is None or bias is not None:
+        out: Tensor = reference_call(call, input, weight, offs=offs, bias=bias, out_dtype=out_dtype)
+        return out
+    layout, batch_size, experts = call.layout(input, ragged=True), call.batch_size, len(weight)
+    if layout.dim != 0:
+        raise call.unsupported("the product sums over the dimension along which the samples lie")
+    ends = offs.tolist()
+    sizes = [end - start for start, end in zip([0, *ends], ends)]
+    used = sum(sizes)
+
+    def products(x: Tensor, weight: Tensor) -> Tensor:
+        parts = [part @ matrix for part, matrix in zip(x[:used].split(sizes), weight)]
+        return torch.cat([*parts, x.new_zeros(len(x) - used, weight.shape[-1])])
+
+    def backward(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Callable[[], Any], ...]:
+        def segments() -> Arranged:
+            group = torch.arange(experts, device=x.device).repeat_interleave(torch.tensor(sizes, device=x.device))
+            outer = Segments(x[:used], g[:used], layout.rows(x, batch_size)[:used], batch_size, group, experts)  # (experts, d, p)
+            return Arranged(outer, (experts, *weight.shape[:0:-1]), (0, 2, 1))
+
+        return lambda: products(g, weight.mT), segments
+
+    return call.fuse(lambda x, w: call.func(x, w, offs=offs, out_dtype=out_dtype), backward, (input,), (weight,), layout)
+
+
+if hasattr(torch, "_grouped_mm"):
+    register_rule(torch._grouped_mm)(_grouped_mm)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
 # Embeddings
-
-
-def _samples_first(x: Tensor, layout: Layout, batch_size: int, rest: int) -> Tensor:
-    """``x`` as (B, T, *last ``rest`` dimensions)."""
-    if layout != PLAIN:
-        x = x.unflatten(layout.dim, (layout.outer, batch_size, layout.inner)).movedim(layout.dim + 1, 0)
-    return x.reshape(batch_size, x[:1].numel() // max(x.shape[x.dim() - rest :].numel(), 1) if batch_size else 0, *x.shape[x.dim() - rest :])
 
 
 @register_rule(F.embedding)
@@ -131,7 +159,7 @@ def embedding(
         )
     if not call.is_data(input):
         return reference_call(call, input, weight, padding_idx, max_norm, norm_type, False, sparse)
-    layout, batch_size, rows = call.layout(input), call.batch_size, weight.shape[0]
+    layout, batch_size, rows = call.layout(input, ragged=True), call.batch_size, weight.shape[0]
     padding = None if padding_idx is None else padding_idx % rows
     if max_norm is not None:  # rescales the rows in place, as the function itself does
         with torch.no_grad():
@@ -142,9 +170,9 @@ def embedding(
 
     def backward(g: Tensor, input: Tensor, weight: Tensor) -> tuple[Callable[[], Any] | None, ...]:
         def gathered() -> Gathered:
-            index = _samples_first(input, layout, batch_size, 0)  # (B, T)
+            index = to_samples(input, layout, batch_size, 0, fill=-1)  # (B, T)
             index = index if padding is None else index.masked_fill(index == padding, -1)
-            return Gathered(index, _samples_first(g, layout, batch_size, 1), rows, sparse)
+            return Gathered(index, to_samples(g, layout, batch_size), rows, sparse)
 
         return None, gathered
 
@@ -214,8 +242,10 @@ def _pad(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[i
     return sides
 
 
-def _runs(x: Tensor, layout: Layout, batch_size: int) -> Tensor:
-    """(B * R, ...) with the samples along the first dimension, R rows each, as (B, R, ...)."""
+def _runs(x: Tensor, layout: Known, batch_size: int) -> Tensor:
+    """(B * R, ...) with the samples along the first dimension, R rows each, as (B, R, ...); ragged rows are filled up with zeros."""
+    if isinstance(layout, Ragged):
+        return to_samples(x, layout, batch_size, x.dim() - 1)
     return x.unflatten(0, (layout.outer, batch_size, layout.inner)).movedim(1, 0).flatten(1, 2)
 
 
@@ -223,7 +253,7 @@ def _convolution(
     call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int, transposed: bool, output_padding: Any
 ) -> Tensor:
     dims = weight.dim() - 2
-    layout, batch_size = call.layout(x), call.batch_size
+    layout, batch_size = call.layout(x, ragged=True), call.batch_size
     if layout.dim != 0 or x.dim() != dims + 2 or call.is_data(weight) or not call.is_parameter(weight) or x.is_complex():
         return _unfused(call, x, weight, bias, stride, padding, dilation, groups, transposed, output_padding)
     stride, dilation, output_padding = _tuple(stride, dims), _tuple(dilation, dims), _tuple(output_padding, dims)
@@ -261,7 +291,7 @@ def _unfused(
 ) -> Tensor:
     """A frozen weight with a bias of ours, or something unusual."""
     if not call.is_parameter(weight) and bias is not None and not call.is_data(weight) and x.dim() == weight.dim():
-        layout = call.layout(x)
+        layout = call.layout(x, ragged=True)
         plain = call.func(x, weight, None, stride, padding, *((output_padding, groups, dilation) if transposed else (dilation, groups)))
         return add(call, call.mark(plain, layout), call.derive(lambda t: t.view(-1, *(1,) * (weight.dim() - 2)), bias))
     out: Tensor = reference_call(call, *call.args, **call.kwargs)
@@ -297,7 +327,7 @@ def transposed_convolution(
 @register_rule(F.prelu, torch.prelu, torch.Tensor.prelu)
 def prelu(call: Call, input: Tensor, weight: Tensor) -> Tensor:
     """``max(x, 0) + w min(x, 0)``."""
-    layout = call.layout(input)
+    layout = call.layout(input, ragged=True)
     if input.dim() > 2:
         weight = call.derive(lambda w: w.view(-1, *(1,) * (input.dim() - 2)), weight)
     return call.mark(input.clamp_min(0) + mul(call, call.mark(input.clamp_max(0), layout), weight), layout)
@@ -309,7 +339,7 @@ def bilinear(call: Call, input1: Tensor, input2: Tensor, weight: Tensor, bias: T
     if not call.is_parameter(weight) or not call.is_data(input1) or not call.is_data(input2):
         out: Tensor = reference_call(call, input1, input2, weight, bias)
         return out
-    layout = call.layout(input1, input2)
+    layout = call.layout(input1, input2, ragged=True)
     products = call.mark((input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2), layout)
     return linear(call, products, call.derive(lambda w: w.flatten(1), weight), bias)
 
@@ -329,13 +359,13 @@ def einsum(call: Call, equation: Any, *operands: Any, **kwargs: Any) -> Any:
             tensors, terms = tensors[::-1], terms[::-1]
         (x, weight), (xs, ws) = tensors, terms
         repeated = any(len(set(term)) < len(term) for term in (xs, ws, out))
-        layout = call.layout(x) if call.is_data(x) else None
+        layout = call.layout(x, ragged=True) if call.is_data(x) else None
         shared = [i for i in ws if i in xs and i in out]
         summed = [i for i in ws if i in xs and i not in out]
         free = [i for i in ws if i not in xs]
         alone = [i for i in xs if i not in ws and i not in out]
         if layout is not None and not repeated and not alone and all(i in out for i in free) and xs[layout.dim] not in ws:
-            propagated = Layout(out.index(xs[layout.dim]), layout.outer, layout.inner)
+            propagated = layout.at(out.index(xs[layout.dim]))
     if layout is None or propagated is None:
         return reference_call(call, equation, *operands, **kwargs)
     sample, batch_size = xs[layout.dim], call.batch_size
@@ -348,10 +378,12 @@ def einsum(call: Call, equation: Any, *operands: Any, **kwargs: Any) -> Any:
         def arranged(t: Tensor, term: str, own: list[str]) -> Tensor:
             """(B, *shared, T, product of ``own``)"""
             t = t.permute([term.index(i) for i in (sample, *shared, *rest, *own)])
-            t = t.unflatten(0, (layout.outer, batch_size, layout.inner)).movedim(1, 0)  # (B, outer, inner, *shared, *rest, *own)
+            if isinstance(layout, Ragged):
+                t = to_samples(t, layout.at(0), batch_size, t.dim() - 1).unsqueeze(1)  # (B, 1, rows, *shared, *rest, *own)
+            else:
+                t = t.unflatten(0, (layout.outer, batch_size, layout.inner)).movedim(1, 0)  # (B, outer, inner, *shared, *rest, *own)
             t = t.movedim((1, 2), (1 + len(shared), 2 + len(shared)))
-            t = t.reshape(*t.shape[: 1 + len(shared)], t.shape[1 + len(shared) :].numel() // max(t.shape[t.dim() - len(own) :].numel(), 1), -1)
-            return t
+            return t.reshape(*t.shape[: 1 + len(shared)], t.shape[1 + len(shared) : t.dim() - len(own)].numel(), t.shape[t.dim() - len(own) :].numel())
 
         def outer() -> Any:
             a, b = arranged(x.conj(), xs, summed), arranged(g, out, free)  # conj is the identity on real tensors
@@ -371,7 +403,7 @@ def scaled_dot_product_attention(call: Call, query: Tensor, key: Tensor, value: 
     """With a parameter as the mask (a relative position bias), which broadcasts against the scores."""
     if attn_mask is None or not call.is_parameter(attn_mask) or not all(map(call.is_data, (query, key, value))):
         return reference_call(call, query, key, value, attn_mask, *args, **kwargs)
-    layout = call.layout(query, key, value)
+    layout = call.layout(query, key, value, ragged=True)
     mask = call.expand(attn_mask, (*query.shape[:-1], key.shape[-2]), layout)
     return call.mark(F.scaled_dot_product_attention(query, key, value, mask, *args, **kwargs), layout)
 
@@ -408,41 +440,69 @@ def _cell(kind: str, x: Tensor, state: tuple[Tensor, ...], weights: Sequence[Ten
     return h, c
 
 
-def _fused_recurrent(call: Call, input: Tensor, hx: Any, flat: Any, *rest: Any) -> Any:
-    kind = call.operation
-    if isinstance(flat, Tensor) or len(rest) < 6:
-        raise call.unsupported("packed sequences are not supported; pad the sequences and mask the loss")
-    biased, num_layers, dropout, training, bidirectional, batch_first = rest[:6]
-    states = tuple(hx) if isinstance(hx, (list, tuple)) else (hx,)  # (layers * directions, B, H) each
-    layout = call.layout(input)
-    if (layout != Layout(0 if batch_first else 1) and call.batch_size != 1) or input.dim() != 3:
-        raise call.unsupported(
-            f"its input of shape {tuple(input.shape)} must carry the samples along dimension {0 if batch_first else 1} (batch_first={batch_first})"
-        )
+def _run_steps(
+    kind: str, steps: Sequence[Tensor], initial: tuple[Tensor, ...], weights: Sequence[Tensor], biased: bool, reverse: bool
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """One layer in one direction, from projected inputs (sequences, gates) for each step. Sequences come longest first: later steps may have fewer. Gives
+    the outputs of the steps and the last state of every sequence."""
+    outputs: list[Tensor] = []
+    ended: list[tuple[Tensor, ...]] = []
+    state = tuple(s[: len(steps[-1])] for s in initial) if reverse else initial
+    for x in steps[::-1] if reverse else steps:
+        running, count = len(state[0]), len(x)
+        if count < running:
+            ended.append(tuple(s[count:] for s in state))
+            state = tuple(s[:count] for s in state)
+        elif count > running:
+            state = tuple(torch.cat([s, start[running:count]]) for s, start in zip(state, initial))
+        state = _cell(kind, x, state, weights, biased)
+        outputs.append(state[0])
+    last = tuple(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(state, *ended[::-1]))
+    return outputs[::-1] if reverse else outputs, last
+
+
+def _fused_recurrent(call: Call, input: Tensor, *args: Any) -> Any:
+    """Layer by layer, direction by direction, step by step. A packed sequence, whose rows come step by step, is one with fewer and fewer rows per step."""
+    kind, packed = call.operation, isinstance(args[2], (list, tuple))
+    sizes, (hx, flat, biased, num_layers, dropout, training, bidirectional, *rest) = (args[0].tolist(), args[1:]) if packed else (None, args)
+    states = tuple(hx) if isinstance(hx, (list, tuple)) else (hx,)  # (layers * directions, sequences, H) each
+    along = 0 if packed or rest[0] else 1
+    layout = call.layout(input, ragged=True)
+    if layout.dim != along and call.batch_size != 1:
+        raise call.unsupported(f"its input of shape {tuple(input.shape)} must carry the samples along dimension {along}")
+    if call.batch_size == 1:
+        owner: Known | None = PLAIN
+    elif packed:
+        first = sequences(layout.rows(input, call.batch_size), args[0])
+        owner = None if first is None else placed(0, first, call.batch_size)
+    else:
+        owner = layout.at(0)
+    if owner is None:
+        raise call.unsupported("the steps of a packed sequence belong to several samples")
+    if any(call.is_data(s) and call.layout(s, ragged=True) != owner.at(1) for s in states) and call.batch_size != 1 and not call.tap._pass.recomputing:
+        raise call.unsupported("its initial states do not belong to the samples to which its sequences belong, in that order")
+    states = tuple(call.mark(call.expand(s, s.shape, owner.at(1)), owner.at(1)) if call.is_parameter(s) else s for s in states)
     directions = 2 if bidirectional else 1
     per_cell = len(flat) // (num_layers * directions)
     with call.resumed():
-        x = input if batch_first else input.transpose(0, 1)  # (B, T, p)
+        x = input if packed or rest[0] else input.transpose(0, 1)  # (B, T, p), or packed (rows, p)
         last: list[tuple[Tensor, ...]] = []
         for layer in range(num_layers):
             outputs = []
             for direction in range(directions):
                 which = layer * directions + direction
                 weights = flat[which * per_cell : (which + 1) * per_cell]
-                state = tuple(call.mark(s[which], PLAIN) for s in states)
+                state = tuple(call.mark(s[which], owner) for s in states)
                 projected = F.linear(x, weights[0], weights[2] if biased else None)
-                steps: list[Tensor] = []
-                order = range(x.shape[1]) if direction == 0 else range(x.shape[1] - 1, -1, -1)
-                for t in order:
-                    state = _cell(kind, projected[:, t], state, weights, biased)
-                    steps.append(state[0])
-                outputs.append(torch.stack(steps if direction == 0 else steps[::-1], 1))
-                last.append(state)
+                inputs = projected.split(sizes) if packed else projected.unbind(1)
+                steps, final = _run_steps(kind, inputs, state, weights, biased, direction == 1)
+                outputs.append(torch.cat(steps) if packed else torch.stack(steps, 1))
+                last.append(final)
             x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
             if dropout and training and layer + 1 < num_layers:
                 x = F.dropout(x, dropout)
-        final = [torch.stack([state[i] for state in last]) for i in range(len(states))]
-        return (x if batch_first else x.transpose(0, 1), *final)
+        final_states = [torch.stack([state[i] for state in last]) for i in range(len(states))]
+        return (x if packed or rest[0] else x.transpose(0, 1), *final_states)
 
 
 for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):

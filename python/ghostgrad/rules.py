@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, overload
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +32,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import ops
-from .contributions import Contribution, Full, Outer, Rows
+from .contributions import Contribution, Full, Outer, Rows, Segments
 from .errors import BatchCouplingError, UnsupportedUseError
-from .layout import ELEMENTWISE, PLAIN, AnyLayout, Layout, Mixed, propagate, to_samples
+from .layout import ELEMENTWISE, PLAIN, AnyLayout, Known, Layout, Mixed, Ragged, propagate, single, sum_samples, to_rows, to_samples
 from .samplewise import agree, map_samples, static, tracing, tried
 
 __all__ = ["Call", "expand_tap", "linear", "reference_call", "register_rule", "rule_for"]
@@ -94,11 +94,17 @@ def _deliver(sink: Sink, contribution: Callable[[], Contribution]) -> Tensor | N
 # The two autograd nodes that rules are made of
 
 
+def _summed(g: Tensor, layout: Known, batch_size: int, shape: Sequence[int]) -> Full:
+    """The gradients of something of that shape that was broadcast over the samples, given those of the result."""
+    g = sum_samples(g, layout, batch_size).unsqueeze(1 + layout.dim)  # (B, ..., 1, ...): a one where the samples were
+    return Full(g.sum_to_size(batch_size, *(1,) * (g.dim() - 1 - len(shape)), *shape).reshape(batch_size, *shape))
+
+
 class _Expand(torch.autograd.Function):
     """Expands a parameter to a shape that carries samples; its backward reduces the gradient to one row per sample. The general expand_tap."""
 
     @staticmethod
-    def forward(ctx: Any, p: Tensor, sink: Sink, shape: tuple[int, ...], layout: Layout, batch_size: int, rows: bool) -> Tensor:
+    def forward(ctx: Any, p: Tensor, sink: Sink, shape: tuple[int, ...], layout: Known, batch_size: int, rows: bool) -> Tensor:
         ctx.sink, ctx.p_shape, ctx.layout, ctx.batch_size, ctx.rows = sink, p.shape, layout, batch_size, rows
         ctx.set_materialize_grads(False)
         return p.detach().expand(shape)
@@ -117,12 +123,7 @@ class _Expand(torch.autograd.Function):
             return Rows(g.sum_to_size(shape), place.dim - (g.dim() - len(shape)), place.outer, place.inner)
         if ctx.batch_size == 1:
             return Full(g.sum_to_size(shape)[None])
-        layout: Layout = ctx.layout
-        if layout == PLAIN:
-            g = g.unsqueeze(1)  # (B, 1, *rest)
-        else:
-            g = g.unflatten(layout.dim, (layout.outer, ctx.batch_size, layout.inner)).movedim(layout.dim + 1, 0).flatten(layout.dim + 1, layout.dim + 2)
-        return Full(g.sum_to_size(ctx.batch_size, *(1,) * (g.dim() - 1 - len(shape)), *shape).reshape(ctx.batch_size, *shape))
+        return _summed(g, ctx.layout, ctx.batch_size, shape)
 
 
 class _Fused(torch.autograd.Function):
@@ -188,8 +189,15 @@ class Call:
     def unsupported(self, why: str) -> UnsupportedUseError:
         return UnsupportedUseError(f"ghostgrad: the use of parameter {self.names()} in '{self.operation}' has no per-sample gradient: {why}")
 
-    def layout(self, *tensors: Any) -> Layout:
-        """Where the samples lie in ``tensors`` (those that carry samples must agree, aligned from the right). Raises if that is not known."""
+    @overload
+    def layout(self, *tensors: Any) -> Layout: ...
+
+    @overload
+    def layout(self, *tensors: Any, ragged: Literal[True]) -> Known: ...
+
+    def layout(self, *tensors: Any, ragged: bool = False) -> Known:
+        """Where the samples lie in ``tensors`` (those that carry samples must agree, aligned from the right). Raises if that is not known, or if it is rows
+        picked by an index and the rule does not take those (``ragged``)."""
         data = [t for t in tensors if self.is_data(t)]
         width = max(t.dim() for t in data)
         if self.batch_size == 1:
@@ -197,10 +205,12 @@ class Call:
         layouts: list[AnyLayout] = []
         for t in data:
             layout = self.tap._layout_of(t)
-            layouts.append(Layout(layout.dim + width - t.dim(), layout.outer, layout.inner) if isinstance(layout, Layout) else layout)
+            layouts.append(layout if isinstance(layout, Mixed) else layout.at(layout.dim + width - t.dim()))
         if self.tap._pass.recomputing:  # of this run nothing is kept but tensors; the layouts are those of the first
-            layouts = [next((layout for layout in layouts if isinstance(layout, Layout)), PLAIN)]
+            layouts = [next((layout for layout in layouts if not isinstance(layout, Mixed)), PLAIN)]
             data = data[:1]
+        if any(layout != layouts[0] for layout in layouts) and (sample := single(*layouts)) is not None:  # one sample's, wherever its rows lie
+            layouts = [Ragged(0, sample.expand(torch.broadcast_shapes(*(t.shape for t in data))[0]))]
         for layout, t in zip(layouts, data):
             if isinstance(layout, Mixed):
                 if layout.coupled:
@@ -210,12 +220,24 @@ class Call:
                     )
                 raise self.unsupported(
                     f"in its input of shape {tuple(t.shape)} it is not known which rows belong to which of the {self.batch_size} samples "
-                    f"({layout.reason}). Say so with gg.declare_samples(tensor, dim=..., outer=..., inner=...) before this use"
+                    f"({layout.reason}). Say so with gg.declare_samples(tensor, dim=..., outer=..., inner=...) or gg.declare_samples(tensor, index=...) before "
+                    "this use"
                 )
             if layout != layouts[0]:
-                raise self.unsupported("its inputs carry the samples along different dimensions")
+                raise self.unsupported("its inputs carry the samples along different dimensions, or in another order")
         first = layouts[0]
-        assert isinstance(first, Layout)
+        assert not isinstance(first, Mixed)
+        if isinstance(first, Ragged) and not self.tap._pass.recomputing:
+            if not ragged:
+                raise self.unsupported(
+                    f"the rows of its input of shape {tuple(data[0].shape)} were picked by an index, {len(first.samples)} for {self.batch_size} samples, and "
+                    "this operation takes none but equally many for each sample, in regular order. Apply it before rows are picked, or pad and mask"
+                )
+            if bool((first.samples < 0).any()):
+                raise self.unsupported(
+                    f"some rows of its input of shape {tuple(data[0].shape)} belong to no sample: they come from a constant. Leave them out, or say to whom "
+                    "they belong with gg.declare_samples(tensor, index=...)"
+                )
         return first
 
     def mark(self, out: Tensor, layout: AnyLayout) -> Tensor:
@@ -231,12 +253,14 @@ class Call:
         with self.tap.resumed():
             yield
 
-    def expand(self, p: Tensor, shape: Sequence[int], layout: Layout) -> Tensor:
+    def expand(self, p: Tensor, shape: Sequence[int], layout: Known) -> Tensor:
         """A parameter expanded to ``shape``, whose samples lie as ``layout`` says: after that it may be used like data, in any elementwise way."""
         p = self.tap._before_expansion(p)
         own = layout.dim - (len(shape) - p.dim())  # the parameter's dimension along which the samples run, if it has one there
         rows = own >= 0 and p.shape[own] != 1 and self.batch_size != 1
-        if rows and (layout.outer, layout.inner) != (1, 1) and p.shape[own] != shape[layout.dim]:
+        if rows and isinstance(layout, Ragged):
+            raise self.unsupported(f"its dimension {own} runs along rows that were picked by an index; pick them out of the parameter by the same index")
+        if rows and layout != Layout(layout.dim) and p.shape[own] != shape[layout.dim]:
             raise self.unsupported(f"its dimension {own} runs along samples and positions at once; use the parameter before flattening them")
         tensor, sink = self.tap._attach_use(p)
         out: Tensor = _Expand.apply(tensor, sink, tuple(shape), layout, self.batch_size, rows)
@@ -248,14 +272,14 @@ class Call:
         backward: Callable[..., tuple[Callable[[], Any] | None, ...]],
         inputs: Sequence[Tensor | None],
         parameters: Sequence[Tensor | None],
-        layout: Layout = PLAIN,
+        layout: Known = PLAIN,
     ) -> Tensor:
         """Runs ``forward(*inputs, *parameters)`` as one autograd node with a backward of its own.
 
         Args:
             forward: plain tensors in, one plain tensor out; nothing in it is recorded.
             backward: ``backward(grad_output, *inputs, *parameters)`` returns one zero-argument function (or None) for each input, giving its gradient,
-                and for each parameter, giving its contribution (:class:`Outer`, :class:`Full`, :class:`Rows`). Only those needed are called.
+                and for each parameter, giving its contribution (:class:`Outer`, :class:`Segments`, :class:`Full`, :class:`Rows`). Only those needed are called.
                 To serve ``create_graph=True`` it must use differentiable operations.
             inputs: tensors that carry samples, or constants.
             parameters: tracked parameters, functions of them, or untracked tensors or None.
@@ -330,10 +354,10 @@ def body(function: Callable[..., Any]) -> Callable[..., Any]:
 def elementwise(call: Call, *args: Any, **kwargs: Any) -> Any:
     """Any operation that broadcasts: the parameters are expanded to the shape of the result, sample by sample, and the operation runs unchanged."""
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    layout = call.layout(*tensors)
+    layout = call.layout(*tensors, ragged=True)
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
     width = max(t.dim() for t in tensors if call.is_data(t))
-    layout = Layout(layout.dim + len(shape) - width, layout.outer, layout.inner)
+    layout = layout.at(layout.dim + len(shape) - width)
     if call.is_parameter(args[0]) and writes_in_place(call.operation):
         raise call.unsupported("it is overwritten in place by data; write into a copy")
     for t in tensors:
@@ -363,7 +387,7 @@ def _autocast(*tensors: Tensor | None) -> torch.dtype | None:
 
 def _product(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     """``x @ weight.T + bias`` with ``weight`` (d, p), or ``x @ weight + bias`` with ``weight`` (p, d) if ``transposed``."""
-    layout = call.layout(x)
+    layout = call.layout(x, ragged=True)
     if layout.dim == x.dim() - 1:
         raise call.unsupported(f"the product sums over dimension {layout.dim} of its input of shape {tuple(x.shape)}, along which the samples lie")
     if (dtype := _autocast(x, weight)) is not None:  # cast before the node, not inside it: its backward must see what its forward saw
@@ -382,12 +406,15 @@ def _product(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, transpo
             return F.linear(x, weight.t() if transposed else weight, bias)
 
     def backward(g: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Callable[[], Any], ...]:
-        def outer() -> Outer:
-            a, b = to_samples(x.conj(), layout, batch_size), to_samples(g, layout, batch_size)  # (B, T, p), (B, T, d)
-            return Outer(b, a) if transposed else Outer(a, b)
+        def outer() -> Contribution:
+            a, b = (g, x.conj()) if transposed else (x.conj(), g)
+            if isinstance(layout, Ragged):
+                (a, samples), (b, _) = to_rows(a, layout, batch_size), to_rows(b, layout, batch_size)  # (n, p), (n, d)
+                return Segments(a, b, samples, batch_size)
+            return Outer(to_samples(a, layout, batch_size), to_samples(b, layout, batch_size))  # (B, T, p), (B, T, d)
 
         # conj is the identity on real tensors; complex weights are functions of real parameters
-        return lambda: g @ (weight.t() if transposed else weight).conj(), outer, lambda: Full(to_samples(g, layout, batch_size).sum(1))
+        return lambda: g @ (weight.t() if transposed else weight).conj(), outer, lambda: _summed(g, layout, batch_size, g.shape[-1:])
 
     weight_tracked = call.is_parameter(weight)
     if not weight_tracked or (bias is not None and (not call.is_parameter(bias) or bias.dim() != 1)):
@@ -431,23 +458,29 @@ def matmul(call: Call, input: Tensor, other: Tensor, **kwargs: Any) -> Any:
             return _product(call, input, other, None, transposed=True)
         if other.dim() == 1 and input.dim() >= 2:
             out = _product(call, input, call.derive(lambda v: v.unsqueeze(0), other), None, transposed=False)  # (..., 1)
-            return call.mark(out.squeeze(-1), call.layout(input))
+            return call.mark(out.squeeze(-1), call.layout(input, ragged=True))
         matrix = call.tap._before_expansion(other)  # one matrix expanded over the samples
-        if matrix is not other and other.dim() == 3 and input.dim() == 3 and call.layout(input) == PLAIN and (matrix.dim() == 2 or matrix.shape[0] == 1):
+        if (
+            matrix is not other
+            and other.dim() == 3
+            and input.dim() == 3
+            and call.layout(input, ragged=True) == PLAIN
+            and (matrix.dim() == 2 or matrix.shape[0] == 1)
+        ):
             return _product(call, input, matrix if matrix.dim() == 2 else call.derive(lambda w: w[0], matrix), None, transposed=True)
-        if other.dim() > 2 and input.dim() > other.dim() and (layout := call.layout(input)).dim < input.dim() - other.dim():
+        if other.dim() > 2 and input.dim() > other.dim() and (layout := call.layout(input, ragged=True)).dim < input.dim() - other.dim():
             return _stacked(call, input, other, layout)
     elif call.is_parameter(input) and call.is_data(other) and input.dim() == 2 and other.dim() >= 2:
         # W @ x = (x^T W^T)^T
-        layout, last = call.layout(other), other.dim() - 1
+        layout, last = call.layout(other, ragged=True), other.dim() - 1
         swapped = {last: last - 1, last - 1: last}
-        turned = Layout(swapped.get(layout.dim, layout.dim), layout.outer, layout.inner)
+        turned = layout.at(swapped.get(layout.dim, layout.dim))
         out = _product(call, call.mark(other.mT, turned), input, None, transposed=False)
         return call.mark(out.mT, layout)
     return reference_call(call, input, other)
 
 
-def _stacked(call: Call, x: Tensor, weight: Tensor, layout: Layout) -> Any:
+def _stacked(call: Call, x: Tensor, weight: Tensor, layout: Known) -> Any:
     """``x @ W`` with a stack of matrices, one for each head, say: (..., h, t, p) @ (h, p, d), where x may have h = 1."""
     lead, stack = x.dim() - weight.dim(), weight.dim() - 2
     letters = "abcdefghijklmnopqrstuvw"[: x.dim() - 1]  # of all dimensions of x but the last, which is z; the new one is y
@@ -473,15 +506,15 @@ def addmm(call: Call, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float 
     if call.is_data(mat1) and call.is_parameter(mat2) and mat2.dim() == 2 and beta == 1 and alpha == 1 and not call.is_data(input):
         return _product(call, mat1, mat2, input, transposed=True)
     if not call.is_parameter(mat1) and not call.is_parameter(mat2):
-        product = call.mark(mat1 @ mat2, call.layout(mat1, mat2))
+        product = call.mark(mat1 @ mat2, call.layout(mat1, mat2, ragged=True))
     else:
         product = matmul(Call(call.tap, torch.matmul, (mat1, mat2), {}), mat1, mat2)
     if alpha != 1:
-        product = call.mark(product * alpha, call.layout(product))
+        product = call.mark(product * alpha, call.layout(product, ragged=True))
     if call.is_parameter(input):
         out: Tensor = elementwise(Call(call.tap, torch.add, (product, input), {"alpha": beta}), product, input, alpha=beta)
         return out
-    return call.mark(torch.add(product, input, alpha=beta), call.layout(product))
+    return call.mark(torch.add(product, input, alpha=beta), call.layout(product, ragged=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -508,7 +541,7 @@ def refuse_batch_statistics(tap: Any, func: Any, args: tuple[Any, ...], kwargs: 
 @register_rule(torch.cat, torch.concat, torch.concatenate)
 def cat(call: Call, tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Tensor:
     dim = kwargs.pop("axis", dim)
-    layout = call.layout(*tensors)
+    layout = call.layout(*tensors, ragged=True)
     dim = dim % tensors[0].dim()
     if dim == layout.dim and call.batch_size != 1:
         raise call.unsupported(f"it is joined along dimension {dim}, along which the samples lie")
@@ -537,11 +570,46 @@ def setitem(call: Call, input: Tensor, index: Any, value: Any) -> None:
     """``x[index] = p``: the parameter is expanded to the shape of what it overwrites."""
     if not call.is_data(input) or not call.is_parameter(value):
         raise call.unsupported("it is written to, or indexed with; assign to a copy that carries samples")
-    part = input.detach()[index]
-    place = propagate(torch.Tensor.__getitem__, "__getitem__", [(input.detach(), call.layout(input))], (input.detach(), index), {}, [part], call.batch_size)[0]
+    whole = input.detach()
+    part = whole[index]
+    place = propagate(torch.Tensor.__getitem__, "__getitem__", [(whole, call.layout(input, ragged=True))], (whole, index), {}, [part], call.batch_size)[0]
     if isinstance(place, Mixed):
         raise call.unsupported(f"it overwrites a part of the data of which it is not known which samples it holds: {place.reason}")
     input[index] = call.expand(value, part.shape, place)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Rows of a parameter picked by data
+
+
+@register_rule(torch.Tensor.__getitem__)
+def getitem(call: Call, input: Tensor, index: Any) -> Tensor:
+    """``p[index]``: a number picks a part of the parameter (an expert's weights), a tensor of numbers one part for each (an embedding)."""
+    items = index if isinstance(index, tuple) else (index,)
+    if all(not isinstance(item, Tensor) or (item.dim() == 0 and item.dtype != torch.bool) for item in items):
+        numbers = tuple(int(item) if isinstance(item, Tensor) else item for item in items)
+        return call.derive(torch.Tensor.__getitem__, input, numbers)
+    if len(items) == 1 and not items[0].is_floating_point() and items[0].dtype not in (torch.bool, torch.uint8):
+        table = input if input.dim() == 2 else call.derive(lambda p: p.flatten(1) if p.dim() > 1 else p.unsqueeze(1), input)
+        layout = call.layout(items[0], ragged=True)
+        rows = _RULES[F.embedding](call, call.mark(items[0] % len(input), layout), table)  # negative numbers count from the end
+        return call.mark(rows.reshape(*items[0].shape, *input.shape[1:]), layout)
+    out: Tensor = reference_call(call, input, index)
+    return out
+
+
+@register_rule(torch.index_select, torch.Tensor.index_select)
+def index_select(call: Call, input: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Of a parameter that was expanded along ``dim``, any rows are alike; else as ``p[index]``."""
+    whole = call.tap._before_expansion(input)
+    own = dim % input.dim() - input.dim() + whole.dim()
+    if whole is not input and (own < 0 or whole.shape[own] == 1):
+        shape = [len(index) if d == dim % input.dim() else size for d, size in enumerate(input.shape)]
+        return call.derive(torch.Tensor.expand, whole, shape)
+    if dim % input.dim() == 0:
+        return getitem(call, input, index)
+    out: Tensor = reference_call(call, input, dim, index)
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

@@ -30,8 +30,8 @@ from torch.utils import _pytree as pytree
 
 from . import ops, rules
 from .contributions import Contribution, Full, inner
-from .errors import GhostgradError, TapStateError, UnsupportedUseError
-from .layout import ELEMENTWISE, PLAIN, AnyLayout, Layout, Mixed, propagate
+from .errors import BatchCouplingError, GhostgradError, TapStateError, UnsupportedUseError
+from .layout import ELEMENTWISE, FACTORIES, PLAIN, AnyLayout, Known, Layout, Mixed, placed, propagate
 from .reference import accumulation_dtype
 from .rules import Call, writes_in_place
 from .samplewise import POINTWISE, hint, static
@@ -553,7 +553,11 @@ class Tap(TorchFunctionMode):
             if name not in _TENSOR_PROPERTIES:
                 return func(*args, **kwargs)
         elif name in _PASSIVE:
-            return self._backward(func, args, kwargs) if name in ("backward", "grad") else func(*args, **kwargs)
+            if name not in ("backward", "grad"):
+                return func(*args, **kwargs)
+            if args and self._pass.armed:
+                self._refuse_entangled(args[0])
+            return self._backward(func, args, kwargs)
         tensors = _tensors(args, kwargs)
         if torch._C._are_functorch_transforms_active() and any(_requires_grad(t) for t in tensors):
             raise self._transformed(name, tensors)
@@ -566,9 +570,19 @@ class Tap(TorchFunctionMode):
         elif not self._pass.recomputes and any(map(self._is_tracked, tensors)):
             self._pass.recomputes = True  # a reentrant checkpoint's first run looks like this
         out = func(*args, **kwargs)
-        if tensors and self._pass.batch_size is not None:
+        if tensors and self._pass.batch_size is not None and name not in FACTORIES:
             self._follow(func, name, tensors, args, kwargs, out)
         return out
+
+    def _refuse_entangled(self, losses: Any) -> None:
+        """Raises if what is differentiated is not a sum over the samples."""
+        for loss in losses if isinstance(losses, (list, tuple)) else [losses]:
+            layout = self._layout_of(loss) if isinstance(loss, Tensor) else None
+            if isinstance(layout, Mixed) and layout.gradient == "entangled":
+                raise BatchCouplingError(
+                    f"ghostgrad: the loss is no sum over the samples: it is computed from a tensor in which they are mixed ({layout.reason}), so there is no "
+                    "gradient of one sample's loss. Take that term out of the tapped loss, or keep the samples apart in it."
+                )
 
     def _backward(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Backward over a checkpointed forward: what it recomputes must take the same way as before, so interception goes on. Only recomputation runs torch
@@ -588,6 +602,8 @@ class Tap(TorchFunctionMode):
     def _follow(self, func: Any, name: str, tensors: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Keeps track of where the samples are in the result of a call that uses no parameter."""
         outputs = [out] if isinstance(out, Tensor) else [t for t in out if isinstance(t, Tensor)] if isinstance(out, (tuple, list)) else []
+        if name == "__setitem__" and any(isinstance(t, Tensor) and self._is_data(t) for t in (args[0], args[2])):
+            outputs = [args[0]]
         data = [t for t in tensors if self._is_data(t)]
         trace, batch_size = self._trace, self._pass.batch_size
         assert batch_size is not None
@@ -605,6 +621,8 @@ class Tap(TorchFunctionMode):
         if trace.layouts or not samplewise or any(o.dim() == 0 or o.shape[0] != batch_size for o in outputs):
             inputs = [(t, self._layout_of(t)) for t in data]
             for output, layout in zip(outputs, propagate(func, name, inputs, args, kwargs, outputs, batch_size)):
+                if output._is_view() and writes_in_place(name) and isinstance(layout, Mixed) and output._base is not None:
+                    self._mark(output._base, layout)  # what a part shows is now there in the whole
                 self._mark(output, layout)
 
     def _use(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -690,7 +708,7 @@ class Tap(TorchFunctionMode):
             and t.shape[self.batch_dim] == now.batch_size
         )
 
-    def _ambiguous(self, p: Tensor, shape: Sequence[int], layout: Layout, tensors: Sequence[Tensor]) -> bool:
+    def _ambiguous(self, p: Tensor, shape: Sequence[int], layout: Known, tensors: Sequence[Tensor]) -> bool:
         """True if a parameter would be taken row by row because of tensors of which only the size says that they carry samples."""
         own = layout.dim - (len(shape) - p.dim())
         if self._pass.seen_input or own < 0 or p.shape[own] == 1 or p.stride(own) == 0:
@@ -706,7 +724,7 @@ class Tap(TorchFunctionMode):
         if not self._pass.seen_input and self.batch_dim and t.dim() > self.batch_dim and t.shape[self.batch_dim] == self._pass.batch_size and t.grad_fn is None:
             return Layout(self.batch_dim)
         if t.dim() == 0 or t.shape[0] != self._pass.batch_size:
-            return Mixed(f"its first dimension is {t.shape[0] if t.dim() else 'missing'}, not the batch size {self._pass.batch_size}")
+            return Mixed(f"its first dimension is {t.shape[0] if t.dim() else 'missing'}, not the batch size {self._pass.batch_size}", unseen=True)
         return PLAIN
 
     def _mark(self, t: Tensor, layout: AnyLayout) -> None:
@@ -816,6 +834,8 @@ class Tap(TorchFunctionMode):
         adopted = [self._adopt(o, name, parents) for o in outputs]
         if name in _EXPANSIONS and len(parents) == 1:
             self._trace.expanded[id(adopted[0])] = before
+        elif name in ("contiguous", "clone") and id(before) in self._trace.expanded:
+            self._trace.expanded[id(adopted[0])] = self._trace.expanded[id(before)]
         return pytree.tree_unflatten(adopted, out_spec)
 
     def _adopt(self, out: Any, name: str, parents: Sequence[tuple[Tensor, _Node, _View | None]]) -> Any:
@@ -1068,14 +1088,34 @@ def tap(target: nn.Module | Tensor | Mapping[str, Tensor] | Iterable[Tensor], **
     return Tap(target, **options)
 
 
-def declare_samples(x: Tensor, dim: int = 0, outer: int = 1, inner: int = 1) -> Tensor:
+def declare_samples(x: Tensor, dim: int = 0, outer: int = 1, inner: int = 1, index: Tensor | None = None) -> Tensor:
     """Tells the running taps where the samples lie in ``x``, where they could not follow: along ``dim``, of size ``outer * B * inner``, in that order.
 
+    Args:
+        x: the tensor, (..., outer * B * inner, ...).
+        dim: the dimension along which the samples lie.
+        outer: how many rows come before a sample's number changes again, counted in whole batches: T for time-major sequences that were flattened.
+        inner: how many rows of one sample come after each other.
+        index: instead of ``outer`` and ``inner``, the sample of each row along ``dim``: integers (x.shape[dim],) between 0 and B - 1, in any order, any
+            number of rows for each sample. For rows that a kernel sorted or packed.
+
     Returns ``x``. Outside of a tap's block it does nothing, so it may stand in a model. For example ``declare_samples(tokens, inner=T)`` for tokens
-    flattened sample by sample, ``declare_samples(steps, dim=1)`` for time-major sequences.
+    flattened sample by sample, ``declare_samples(steps, dim=1)`` for time-major sequences, ``declare_samples(tokens[keep], index=keep.nonzero()[:, 0])``.
+
+    Raises:
+        ValueError: the size of ``dim`` is not what was declared, or ``index`` is not one sample for each row.
     """
     for tap in _ACTIVE.taps[-1:]:
         batch_size = tap._pass.batch_size
+        if index is not None:
+            numbers = not (index.is_floating_point() or index.dtype == torch.bool) and index.shape == (x.shape[dim],)
+            if batch_size is None or not numbers or (len(index) and not 0 <= int(index.min()) <= int(index.max()) < batch_size):
+                raise ValueError(
+                    f"ghostgrad.declare_samples: index must be the sample, from 0 to {batch_size} - 1, of each of the {x.shape[dim]} rows of dimension {dim}, "
+                    f"got {index.dtype} {tuple(index.shape)}"
+                )
+            tap._mark(x, placed(dim % x.dim(), index.to(x.device, torch.long), batch_size))
+            continue
         if batch_size is None or x.shape[dim] != outer * batch_size * inner:
             raise ValueError(f"ghostgrad.declare_samples: dimension {dim} has size {x.shape[dim]}, not outer * B * inner = {outer} * {batch_size} * {inner}")
         tap._mark(x, Layout(dim % x.dim(), outer, inner))
