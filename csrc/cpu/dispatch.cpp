@@ -94,4 +94,9 @@ void row_sqnorm(const core::Rows& rows, void* sqnorm, ParallelFor parallel, Capa
   GHOSTGRAD_DISPATCH(capability, row_sqnorm(rows, sqnorm, parallel))
 }
 
+void affine_sqnorm(const core::Affine& affine, const core::AffineResults& results, ParallelFor parallel,
+                   Capability capability) {
+  GHOSTGRAD_DISPATCH(capability, affine_sqnorm(affine, results, parallel))
+}
+
 }  // namespace ghostgrad::cpu

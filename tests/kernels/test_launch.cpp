@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "../core/expect.h"
+#include "cuda/affine_sqnorm.h"
 #include "cuda/gram_sqnorm.h"
 #include "cuda/outer_sqnorm.h"
 #include "cuda/row_sqnorm.h"
@@ -24,5 +25,11 @@ int main() {
   EXPECT(cuda::launch_gram_sqnorm(o, memory.data(), memory.data(), nullptr) != cudaSuccess);
   EXPECT(cuda::launch_wgrad_sqnorm(o, nullptr, memory.data(), memory.data(), memory.data(), nullptr) != cudaSuccess);
   EXPECT(cuda::launch_row_sqnorm(rows, memory.data(), memory.data(), nullptr) != cudaSuccess);
+  core::Affine affine{};
+  affine.b = memory.data();
+  affine.batch = affine.before = affine.after = affine.groups = 1;
+  affine.channels = 2;
+  const core::AffineResults results{nullptr, nullptr, memory.data(), memory.data()};
+  EXPECT(cuda::launch_affine_sqnorm(affine, results, memory.data(), nullptr) != cudaSuccess);
   return failures;
 }
