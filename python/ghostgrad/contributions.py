@@ -136,7 +136,7 @@ class Positions:
 
 @dataclass
 class Affine(Contribution):
-    """A parameter that scales or shifts all positions alike: ``g_i = sum_{t,s} b_its x_its`` or ``sum_{t,s} b_its``. Neither ``g_i`` nor products are formed."""
+    """A parameter that scales or shifts all positions alike: ``g_i = sum_{t,s} b_its x_its`` or ``sum_{t,s} b_its``. No ``g_i`` is formed, no product."""
 
     of: Positions
     scale: bool

@@ -51,7 +51,7 @@ def _normalisation(
         shape: to which weight and bias are viewed to broadcast against ``x``.
     """
 
-    scaled = call.is_parameter(weight)  # told now: the node must not keep the call, which keeps the node's result
+    scaled = weight is not None and weight.requires_grad
 
     def backward(g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> tuple[Callable[[], Any] | None, ...]:
         recorded = torch.is_grad_enabled()
@@ -71,8 +71,9 @@ def _normalisation(
             positions = Positions(like_x, arrange(normalised))
         else:
             positions = Positions(like_x, arrange(x), arrange_statistics(mean.to(wide)), arrange_statistics(rstd.to(wide)))
-        of_scale, of_shift = (None if p is None else functools.partial(Affine, positions, p is weight, p.shape) for p in (weight, bias))
-        return of_input, of_scale, of_shift
+        of_weight = None if weight is None else functools.partial(Affine, positions, True, weight.shape)
+        of_bias = None if bias is None else functools.partial(Affine, positions, False, bias.shape)
+        return of_input, of_weight, of_bias
 
     if x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type):  # as autocast does; before the node, whose backward must see what its forward saw
         x = call.mark(x.float(), layout)
@@ -156,8 +157,6 @@ def group_norm(call: Call, input: Tensor, num_groups: int, weight: Tensor | None
     if (layout := call.layout(input)).dim != 0:
         raise call.unsupported("group_norm normalises over the dimension along which the samples lie")
     rows, channels, groups, batch_size = input.shape[0], input.shape[1], num_groups, call.batch_size
-    if channels % groups:
-        raise ValueError(f"ghostgrad: '{call.operation}' of {call.names()} has {channels} channels, which {groups} groups do not divide")
     sizes = (rows, channels, input.shape[2:].numel(), groups)
 
     def dense(x: Tensor, like: Tensor) -> Tensor:
@@ -243,10 +242,40 @@ def instance_norm(
 ) -> Tensor:
     if (layout := call.layout(input)).dim != 0:
         raise call.unsupported("instance_norm's channels lie along the dimension of the samples")
-    if use_input_stats and running_mean is None and input.shape[2:].numel() > 1:
-        return group_norm(call, input, input.shape[1], weight, bias, eps)  # one group for each channel
-    normalised = F.instance_norm(input, running_mean, running_var, None, None, use_input_stats, momentum, eps)
-    return _affine(call, call.mark(normalised, layout), weight, bias, _channels(input))
+    if not use_input_stats or running_mean is not None or input.shape[2:].numel() <= 1:
+        normalised = F.instance_norm(input, running_mean, running_var, None, None, use_input_stats, momentum, eps)
+        return _affine(call, call.mark(normalised, layout), weight, bias, _channels(input))
+    rows, channels, batch_size = input.shape[0], input.shape[1], call.batch_size
+
+    def merged(t: Tensor) -> Tensor:  # as torch does it: batch norm of one sample that has all channels of all samples
+        return t.reshape(1, rows * channels, *t.shape[2:])
+
+    def repeated(p: Tensor | None) -> Tensor | None:
+        return None if p is None else p.repeat(rows)
+
+    def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
+        out, mean, rstd = torch.native_batch_norm(merged(x), repeated(weight), repeated(bias), None, None, True, momentum, eps)
+        return out.view(x.shape), mean.view(rows, channels), rstd.view(rows, channels)
+
+    def input_grad(g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
+        statistics = (None, None, mean.flatten(), rstd.flatten())
+        merged_grad = torch.ops.aten.native_batch_norm_backward(merged(g), merged(x), repeated(weight), *statistics, True, eps, (True, False, False))[0]
+        out: Tensor = merged_grad.view(x.shape)
+        return out
+
+    return _normalisation(
+        call,
+        input,
+        weight,
+        bias,
+        layout,
+        run=run,
+        input_grad=input_grad,
+        plain=lambda x: F.instance_norm(x, None, None, None, None, True, momentum, eps),
+        arrange=_images(call, layout),
+        arrange_statistics=lambda t: _runs(t, layout, batch_size),  # one group for each channel
+        shape=_channels(input),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

@@ -337,7 +337,7 @@ def affine_sqnorm(
 
     Args:
         b: gradients at the output (B, T, d, S), in float32, float64, bfloat16 or float16, with T positions before the channels and S after them:
-            (B, T, d, 1) for sequences, (B, 1, d, S) for images. Read as they lie in memory if the channels are adjacent, or the positions after them; else copied.
+            (B, T, d, 1) for sequences, (B, 1, d, S) for images. Read as they lie in memory if channels are adjacent, or the positions after them; else copied.
         x: what the scale multiplied, or that before it was normalised; of the shape, dtype and device of ``b``. Without it there is only a shift.
         mean: (B, T, G) in the accumulation dtype, one mean for each of G groups of adjacent channels; zero if left out. G = 1 for layer norms.
         rstd: the same for the reciprocals of standard deviations; one if left out.
