@@ -75,21 +75,31 @@ def _normalisation(
         of_bias = None if bias is None else functools.partial(Affine, positions, False, bias.shape)
         return of_input, of_weight, of_bias
 
-    if x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type):  # as autocast does; before the node, whose backward must see what its forward saw
-        x = call.mark(x.float(), layout)
+    if x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type):  # before the node, not inside it: its backward must see what its forward saw
+
+        def widen(p: Tensor | None) -> Tensor | None:
+            return p if p is None or p.dtype == torch.float32 else call.derive(torch.Tensor.float, p) if call.is_parameter(p) else p.float()
+
+        x, weight, bias = call.mark(x.float(), layout), widen(weight), widen(bias)
     return call.fuse(run, backward, (x,), (weight, bias), layout)
 
 
-def _affine(call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    """A scale and a shift of ``x``, for what is normalised by other means."""
-    for parameter, combine, plain in ((weight, mul, torch.mul), (bias, add, torch.add)):
-        if parameter is None:
-            continue
-        if call.is_parameter(parameter):
-            x = combine(call, x, parameter if parameter.shape == shape else call.derive(lambda t: t.view(shape), parameter))
-        else:
-            x = call.mark(plain(x, parameter.view(shape)), call.layout(x))
-    return x
+def _affine(
+    call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, layout: Layout, arrange: Callable[[Tensor], Tensor], shape: tuple[int, ...]
+) -> Tensor:
+    """A scale and a shift of ``x``, for what is normalised by other means; ``arrange`` and ``shape`` as above."""
+
+    def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        out = x if weight is None else x * weight.view(shape)
+        return (out if bias is None else out + bias.view(shape)).to(x.dtype)
+
+    def backward(g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Callable[[], Any] | None, ...]:
+        positions = Positions(arrange(g), None if weight is None else arrange(x))
+        of_weight = None if weight is None else functools.partial(Affine, positions, True, weight.shape)
+        of_bias = None if bias is None else functools.partial(Affine, positions, False, bias.shape)
+        return lambda: (g if weight is None else g * weight.view(shape)).to(x.dtype), of_weight, of_bias
+
+    return call.fuse(run, backward, (x,), (weight, bias), layout)
 
 
 def _outside(call: Call, input: Tensor, shape: tuple[int, ...]) -> Layout:
@@ -100,15 +110,19 @@ def _outside(call: Call, input: Tensor, shape: tuple[int, ...]) -> Layout:
     return layout
 
 
+def _rows(call: Call, layout: Layout, dims: int) -> Callable[[Tensor], Tensor]:
+    """Brings tensors to (B, T, d), with d the last ``dims`` dimensions together."""
+    batch_size = call.batch_size
+    return lambda t: to_samples(t, layout, batch_size, dims).flatten(2)
+
+
 @register_rule(F.layer_norm)
 def layer_norm(
     call: Call, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    shape, batch_size = tuple(normalized_shape), call.batch_size
+    shape = tuple(normalized_shape)
     layout = _outside(call, input, shape)
-
-    def arrange(t: Tensor) -> Tensor:
-        return to_samples(t, layout, batch_size, len(shape)).flatten(2)  # (B, T, d), or (B, T, 1) for statistics
+    rows = _rows(call, layout, len(shape))
 
     return _normalisation(
         call,
@@ -121,8 +135,8 @@ def layer_norm(
             g, x, shape, mean, rstd, weight, bias, (True, False, False)
         )[0],
         plain=lambda x: F.layer_norm(x, shape, None, None, eps),
-        arrange=lambda t: arrange(t).unsqueeze(-1),
-        arrange_statistics=arrange,
+        arrange=lambda t: rows(t).unsqueeze(-1),
+        arrange_statistics=rows,
         shape=shape,
     )
 
@@ -131,7 +145,8 @@ def layer_norm(
 def rms_norm(call: Call, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     shape = tuple(normalized_shape)
     layout = _outside(call, input, shape)
-    return _affine(call, call.mark(F.rms_norm(input, shape, None, eps), layout), weight, None, shape)
+    rows = _rows(call, layout, len(shape))
+    return _affine(call, F.rms_norm(input, shape, None, eps), weight, None, layout, lambda t: rows(t).unsqueeze(-1), shape)
 
 
 def _channels(input: Tensor) -> tuple[int, ...]:
@@ -244,7 +259,7 @@ def instance_norm(
         raise call.unsupported("instance_norm's channels lie along the dimension of the samples")
     if not use_input_stats or running_mean is not None or input.shape[2:].numel() <= 1:
         normalised = F.instance_norm(input, running_mean, running_var, None, None, use_input_stats, momentum, eps)
-        return _affine(call, call.mark(normalised, layout), weight, bias, _channels(input))
+        return _affine(call, normalised, weight, bias, layout, _images(call, layout), _channels(input))
     rows, channels, batch_size = input.shape[0], input.shape[1], call.batch_size
 
     def merged(t: Tensor) -> Tensor:  # as torch does it: batch norm of one sample that has all channels of all samples
