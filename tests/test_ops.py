@@ -182,6 +182,140 @@ def test_embedding_sqnorm_keeps_its_digits() -> None:
     assert relative_error(ops.embedding_sqnorm(index, b), true_embedding_sqnorm(index, b)) < 4e-7
 
 
+# (B, T, d, S, G) for affine_sqnorm
+AFFINE_SHAPES = [
+    (1, 1, 1, 1, 1),
+    (3, 1, 17, 1, 1),  # one position: the bias of a linear layer
+    (3, 5, 64, 1, 1),  # exactly one granule of channels; rows by four, and a rest
+    (2, 4, 66, 1, 1),
+    (2, 257, 10, 1, 1),  # one position more than are summed in one go
+    (1, 1030, 5, 1, 5),
+    (5, 3, 1040, 1, 2),  # several tiles of channels
+    (40, 2, 33, 1, 1),  # several samples in a run, with a rest
+    (3, 1, 12, 35, 4),  # an image: fewer pixels than four vectors, and a rest
+    (3, 2, 6, 64, 3),  # frames
+    (2, 1, 70, 5, 70),  # fewer pixels than a vector; one group for each channel
+    (2, 1, 3, 4100, 1),  # more pixels than are summed in one go
+]
+
+
+def affine_operands(B: int, T: int, d: int, S: int, G: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """b, x, mean, rstd"""
+    b, x = (draw((B, T, d, S), dtype, device, 4 * seed + i) for i in range(2))
+    mean, rstd = (draw((B, T, G), accumulation_dtype(dtype), device, 4 * seed + i) for i in (2, 3))
+    return b, x + 1, mean, rstd.abs() + 0.5
+
+
+def affine_given(given: str, operands: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor | None, ...]:
+    """The arguments by their names' initials: "b", "bx", "bxmr" or "bxr"."""
+    return tuple(t if initial in given else None for initial, t in zip("bxmr", operands))
+
+
+def true_affine(b: Tensor, x: Tensor | None, mean: Tensor | None, rstd: Tensor | None) -> list[np.ndarray]:
+    def long(t: Tensor) -> np.ndarray:
+        return t.detach().cpu().to(torch.float64).numpy().astype(np.longdouble)
+
+    def sums(per_sample: np.ndarray) -> list[np.ndarray]:
+        return [per_sample.sum(0), (per_sample**2).sum(1)]
+
+    shift = sums(long(b).sum((1, 3)))
+    if x is None:
+        return [np.zeros(0), np.zeros(0), *shift]
+    normalised = long(x)
+    if mean is not None:
+        normalised = normalised - np.repeat(long(mean), b.shape[2] // mean.shape[2], 2)[..., None]
+    if rstd is not None:
+        normalised = normalised * np.repeat(long(rstd), b.shape[2] // rstd.shape[2], 2)[..., None]
+    return [*sums((long(b) * normalised).sum((1, 3))), *shift]
+
+
+def assert_affine_honest(values: tuple[Tensor, ...], plain: tuple[Tensor, ...], truth: list[np.ndarray]) -> None:
+    """As assert_honest, with sums measured in the norm over the channels."""
+    for value, alike, true in zip(values, plain, truth, strict=True):
+        assert value.shape == alike.shape and value.dtype == alike.dtype
+        if true.shape == truth[-1].shape and value is not values[0] and value is not values[2]:
+            assert_honest(value, alike, true)
+        else:
+            assert_honest(value[None], alike[None], true[None])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("given", ["b", "bx", "bxmr", "bxr"])
+@pytest.mark.parametrize("shape", AFFINE_SHAPES, ids=str)
+def test_affine_sqnorm_is_the_references(shape: tuple[int, int, int, int, int], given: str, dtype: torch.dtype, device: str) -> None:
+    arguments = affine_given(given, affine_operands(*shape, dtype, device))
+    values, plain, truth = ops.affine_sqnorm(*arguments), reference.affine_sqnorm(*arguments), true_affine(*arguments)
+    assert all(value.dtype == accumulation_dtype(dtype) for value in values)
+    assert_affine_honest(values, plain, truth)
+    scale, scale_sqnorm, shift, shift_sqnorm = ops.affine_sqnorm(*arguments, total=False)
+    assert scale.numel() == shift.numel() == 0
+    assert torch.equal(scale_sqnorm, values.scale_sqnorm) and torch.equal(shift_sqnorm, values.shift_sqnorm)
+
+
+@pytest.mark.parametrize("given", ["b", "bx", "bxmr"])
+@pytest.mark.parametrize("shape", [(3, 5, 18, 1, 3), (3, 1, 18, 35, 3), (3, 2, 6, 7, 1), (3, 5, 1, 1, 1), (3, 9, 4, 1, 1)], ids=str)
+def test_affine_sqnorm_of_any_layout(shape: tuple[int, int, int, int, int], given: str) -> None:
+    operands = affine_operands(*shape, torch.float64)
+    truth = reference.affine_sqnorm(*affine_given(given, operands))
+
+    def laid_out(t: Tensor, order: tuple[int, ...]) -> Tensor:
+        return t.permute(order).contiguous().permute([order.index(dim) for dim in range(t.dim())])
+
+    orders = [(0, 1, 2, 3), (0, 1, 3, 2), (0, 2, 1, 3), (0, 3, 2, 1), (3, 2, 1, 0), (1, 0, 2, 3)]
+    b, x, mean, rstd = operands
+    cases = [(laid_out(b, order), laid_out(x, other), mean, rstd) for order in orders for other in (order, orders[0])]
+    cases += [(b, x, laid_out(mean, (2, 1, 0)), laid_out(rstd, (1, 0, 2)))]
+    wide = torch.full((2 * shape[0], *shape[1:3], shape[3] + 2), float("nan"), dtype=torch.float64)
+    wide[::2, ..., 1:-1] = b
+    cases += [(wide[::2, ..., 1:-1], x, mean, rstd)]
+    for case in cases:
+        for value, true in zip(ops.affine_sqnorm(*affine_given(given, case)), truth):
+            torch.testing.assert_close(value, true, rtol=1e-13, atol=1e-13)
+    expanded = (b[:1, :1, :, :1].expand_as(b), x, mean[:1].expand_as(mean), rstd[:, :1].expand_as(rstd))
+    for value, true in zip(ops.affine_sqnorm(*affine_given(given, expanded)), reference.affine_sqnorm(*affine_given(given, expanded))):
+        torch.testing.assert_close(value, true, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("given", ["b", "bx", "bxmr"])
+@pytest.mark.parametrize("shape", [(0, 3, 4, 1, 2), (2, 0, 4, 1, 2), (2, 3, 0, 1, 1), (2, 1, 4, 0, 2), (0, 0, 0, 0, 1)], ids=str)
+def test_affine_sqnorm_of_nothing_is_zero(shape: tuple[int, int, int, int, int], given: str) -> None:
+    B, _, d, _, _ = shape
+    scale, scale_sqnorm, shift, shift_sqnorm = ops.affine_sqnorm(*affine_given(given, affine_operands(*shape, torch.float32)))
+    assert torch.equal(shift, torch.zeros(d)) and torch.equal(shift_sqnorm, torch.zeros(B))
+    if given != "b":
+        assert torch.equal(scale, torch.zeros(d)) and torch.equal(scale_sqnorm, torch.zeros(B))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("total", [True, False])
+@pytest.mark.parametrize("given", ["b", "bx", "bxmr", "bxr"])
+@pytest.mark.parametrize("shape", [(3, 2, 4, 1, 1), (2, 1, 4, 3, 2)], ids=str)
+def test_gradients_of_affine_sqnorm(shape: tuple[int, int, int, int, int], given: str, total: bool, device: str) -> None:
+    arguments = affine_given(given, affine_operands(*shape, torch.float64, device))
+    inputs = tuple(t.requires_grad_() for t in arguments if t is not None)
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        left = iter(tensors)
+        results = ops.affine_sqnorm(*(None if t is None else next(left) for t in arguments), total=total)
+        return tuple(t for t in results if t.numel())
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("shape", [(4, 5, 66, 1, 1), (4, 1, 7, 35, 1)], ids=str)
+def test_nan_and_inf_of_affine_sqnorm_stay_with_their_sample(shape: tuple[int, int, int, int, int], bad: float) -> None:
+    b, x, mean, rstd = affine_operands(*shape, torch.float32)
+    clean = ops.affine_sqnorm(b, x, mean, rstd)
+    b[1, -1, -1, -1], x[2, -1, -1, -1] = bad, bad
+    dirty = ops.affine_sqnorm(b, x, mean, rstd)
+    assert torch.equal(dirty.scale_sqnorm[[0, 3]], clean.scale_sqnorm[[0, 3]]) and not dirty.scale_sqnorm[[1, 2]].isfinite().any()
+    assert torch.equal(dirty.shift_sqnorm[[0, 2, 3]], clean.shift_sqnorm[[0, 2, 3]]) and not dirty.shift_sqnorm[1].isfinite()
+    assert torch.equal(dirty.shift[:-1], clean.shift[:-1]) and not dirty.shift[-1].isfinite()
+
+
 @pytest.mark.parametrize("op", [*NORMS, *WGRADS])
 def test_long_sums_of_one_sign_keep_their_digits(op: str) -> None:
     # All products positive: the case in which adding one by one in float32 loses most.
@@ -190,6 +324,13 @@ def test_long_sums_of_one_sign_keep_their_digits(op: str) -> None:
         a, b = a[:, :3000], b[:, :3000]
     truth = (true_per_sample(a, b) ** 2).sum((1, 2))
     assert relative_error(norms_of(op)(a, b), truth) < 4e-7
+
+
+def test_long_sums_of_affine_sqnorm_keep_their_digits() -> None:
+    for shape in ((1, 100_000, 3, 1), (1, 1, 3, 100_000)):
+        b, x = torch.rand(shape) + 0.5, torch.rand(shape) + 0.5
+        for value, truth in zip(ops.affine_sqnorm(b, x), true_affine(b, x, None, None)):
+            assert relative_error(value, truth) < 4e-7
 
 
 # --- gradients ---
@@ -309,12 +450,26 @@ def test_opcheck_of_picks(shape: tuple[int, int, int], dtype: torch.dtype, index
     torch.library.opcheck(torch.ops.ghostgrad.embedding_sqnorm.default, (index.to(index_dtype), b.requires_grad_(requires_grad)))
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("total", [True, False])
+@pytest.mark.parametrize("given", ["b", "bx", "bxmr"])
+def test_opcheck_of_affine_sqnorm(given: str, total: bool, requires_grad: bool, device: str) -> None:
+    for shape, dtype in (((3, 2, 4, 1, 1), torch.float32), ((2, 1, 4, 3, 2), torch.bfloat16), ((0, 1, 4, 3, 2), torch.float32)):
+        arguments = affine_given(given, affine_operands(*shape, dtype, device))
+        for t in arguments:
+            if t is not None:
+                t.requires_grad_(requires_grad)
+        torch.library.opcheck(torch.ops.ghostgrad.affine_sqnorm.default, (*arguments, total))
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiles_without_graph_breaks(dynamic: bool | None) -> None:
     def step(a: Tensor, b: Tensor) -> Tensor:
         wgrad, sqnorm = ops.wgrad_and_sqnorm(a, b)
         index = torch.arange(a.shape[1]).remainder(2).expand(a.shape[0], -1)
-        return wgrad.sum() + sqnorm.sum() + ops.sqnorm(a, b).sum() + ops.row_sqnorm(a).sum() + ops.embedding_sqnorm(index, b).sum()
+        affine = ops.affine_sqnorm(b[..., None], b[..., None].sin())
+        norms = (sqnorm, ops.sqnorm(a, b), ops.row_sqnorm(a), ops.embedding_sqnorm(index, b), affine.scale_sqnorm)
+        return wgrad.sum() + affine.shift.sum() + sum(norm.sum() for norm in norms)
 
     torch._dynamo.reset()
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
@@ -534,14 +689,27 @@ def test_bits_of_picks_do_not_depend_on_threads(shape: tuple[int, int, int], dty
     assert all(torch.equal(result, results[0]) for result in results[1:])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(60, 40, 700, 1, 1), (2, 300, 1300, 1, 2), (50, 1, 64, 300, 4)], ids=str)
+def test_bits_of_affine_sqnorm_do_not_depend_on_threads(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
+    arguments, results = affine_operands(*shape, dtype), []
+    for threads in (1, 2, 3, 5, 1):
+        torch.set_num_threads(threads)
+        results.append(ops.affine_sqnorm(*arguments))
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
+
+
 @pytest.mark.parametrize("capability", ["portable", "avx2"])
 def test_lesser_instruction_sets_agree(capability: str) -> None:
     code = (
         "import torch; from ghostgrad import _C, ops, reference as r\n"
         f"assert _C.cpu_capability() in ('portable', {capability!r})\n"
         "torch.manual_seed(0); a, b, c = torch.randn(3, 21, 45), torch.randn(3, 21, 33), torch.rand(3)\n"
-        "for x, y in zip((ops.outer_sqnorm(a, b), ops.gram_sqnorm(a, b), ops.row_sqnorm(a), *ops.wgrad_sqnorm(a, b, c)),\n"
-        "                (r.outer_sqnorm(a, b), r.gram_sqnorm(a, b), r.row_sqnorm(a), *r.wgrad_sqnorm(a, b, c))):\n"
+        "d, e, m, s = torch.randn(3, 6, 70, 1), torch.randn(3, 1, 9, 75), torch.randn(3, 6, 2), torch.rand(3, 1, 9)\n"
+        "def affine(f): return *f(d, d.sin()), *f(d, d, m, m), *f(e, e.sin()), *f(e, e, s, s)\n"
+        "for x, y in zip((ops.outer_sqnorm(a, b), ops.gram_sqnorm(a, b), ops.row_sqnorm(a), *ops.wgrad_sqnorm(a, b, c), *affine(ops.affine_sqnorm)),\n"
+        "                (r.outer_sqnorm(a, b), r.gram_sqnorm(a, b), r.row_sqnorm(a), *r.wgrad_sqnorm(a, b, c), *affine(r.affine_sqnorm))):\n"
         "    torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)\n"
         "index = torch.randint(-1, 8, (3, 21)); torch.testing.assert_close(ops.embedding_sqnorm(index, b), r.embedding_sqnorm(index, b))\n"
     )
@@ -576,6 +744,33 @@ print(status("VmHWM") - before - wgrad.numel() * wgrad.element_size() / 2**20)
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert float(done.stdout) < 2 * 4, f"{float(done.stdout):.1f} MiB beside inputs and outputs, on two threads"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to measure peak memory")
+def test_affine_sqnorm_makes_no_buffer_of_batch_by_channels() -> None:
+    # B d is 128 MiB here, in one position; totals of 16 runs of samples are 2 MiB in float64, for scale and shift each.
+    code = """
+import ctypes
+
+import torch
+from ghostgrad import ops
+
+def status(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key)) / 1024
+
+torch.set_num_threads(2)
+b, x, mean = torch.randn(2048, 1, 16384, 1), torch.randn(2048, 1, 16384, 1), torch.randn(2048, 1, 1)
+ops.affine_sqnorm(b[:2, :, :8], x[:2, :, :8], mean[:2])
+ctypes.CDLL(None).malloc_trim(0)
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")
+before = status("VmRSS")
+ops.affine_sqnorm(b, x, mean)
+print(status("VmHWM") - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert float(done.stdout) < 8, f"{float(done.stdout):.1f} MiB beside inputs, on two threads"
 
 
 # --- errors ---
@@ -620,6 +815,31 @@ def test_errors_name_op_argument_rule_and_value() -> None:
         ops.embedding_sqnorm(index, b[:, :2])
     with pytest.raises(ValueError, match="embedding_sqnorm: index and b must be on the same device, got cpu and meta"):
         ops.embedding_sqnorm(index, b.to("meta"))
+
+
+def test_errors_of_affine_sqnorm() -> None:
+    b, x, mean, rstd = affine_operands(2, 3, 4, 5, 2, torch.float32)
+    wrong: list[tuple[type[Exception], str, tuple[Tensor | None, ...]]] = [
+        (ValueError, r"b must be \(B, T, d, S\), got \(2, 4, 5\)", (b[:, 0],)),
+        (ValueError, r"x must have the shape of b, got \(2, 2, 4, 5\) and \(2, 3, 4, 5\)", (b, x[:, :2])),
+        (TypeError, "b and x must have the same dtype", (b, x.double())),
+        (ValueError, "mean without x", (b, None, mean)),
+        (ValueError, r"rstd must be \(B, T, G\) with G a divisor of d, got \(2, 3, 3\)", (b, x, None, torch.ones(2, 3, 3))),
+        (ValueError, r"mean must be \(B, T, G\) with G a divisor of d, got \(2, 2, 2\)", (b, x, mean[:, :2])),
+        (ValueError, r"mean and rstd must have the same shape, got \(2, 3, 2\) and \(2, 3, 1\)", (b, x, mean, rstd[..., :1])),
+        (TypeError, "mean must be torch.float32 for torch.float32, got torch.float64", (b, x, mean.double())),
+        (ValueError, "b and x must be on the same device", (b, x.to("meta"))),
+        (TypeError, "b must be float32", (b.long(),)),
+    ]
+    for error, message, arguments in wrong:
+        with pytest.raises(error, match=f"affine_sqnorm: {message}"):
+            ops.affine_sqnorm(*arguments)
+    raw = torch.ops.ghostgrad.affine_sqnorm
+    for _, message, arguments in wrong[:7]:
+        with pytest.raises(RuntimeError, match=f"affine_sqnorm: {message}"):
+            raw(*arguments)
+    with pytest.raises(RuntimeError, match="affine_sqnorm: mean must have the accumulation dtype"):
+        raw(b, x, mean.double())
 
 
 def test_the_bindings_check_again() -> None:

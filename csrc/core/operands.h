@@ -51,4 +51,34 @@ struct Picks {
   }
 };
 
+// The operands of affine_sqnorm: gradients `b` at the output of a layer whose scale or shift broadcasts over positions,
+// and what the scale multiplied, (x - mean) * rstd. Either the channels are adjacent in memory and `after` is 1
+// (channels last), or the positions after them are (channels first); the other strides, in elements, are free.
+struct Affine {
+  const void* b;     // (batch, before, channels, after)
+  bool scaled;       // otherwise there is no x, and the shift alone is wanted
+  const void* x;     // (batch, before, channels, after)
+  const void* mean;  // (batch, before, groups) in the accumulation type, or null for zero
+  const void* rstd;  // the same, or null for one
+  DType dtype;       // of b and x
+  int64_t batch;     // B
+  int64_t before;    // T, positions before the channels
+  int64_t channels;  // d
+  int64_t after;     // S, positions after the channels
+  int64_t groups;    // of channels with common statistics
+  int64_t b_batch_stride, b_before_stride, b_channel_stride;
+  int64_t x_batch_stride, x_before_stride, x_channel_stride;
+  int64_t mean_batch_stride, mean_before_stride, mean_group_stride;
+  int64_t rstd_batch_stride, rstd_before_stride, rstd_group_stride;
+};
+
+// Where affine_sqnorm puts its results, all in the accumulation type. The sums are null if they are not wanted;
+// those of the scale are not touched if there is none.
+struct AffineResults {
+  void* scale;         // (channels,)
+  void* scale_sqnorm;  // (batch,)
+  void* shift;         // (channels,)
+  void* shift_sqnorm;  // (batch,)
+};
+
 }  // namespace ghostgrad::core

@@ -98,4 +98,9 @@ void embedding_sqnorm(const core::Picks& picks, void* sqnorm, ParallelFor parall
   GHOSTGRAD_DISPATCH(capability, embedding_sqnorm(picks, sqnorm, parallel))
 }
 
+void affine_sqnorm(const core::Affine& affine, const core::AffineResults& results, ParallelFor parallel,
+                   Capability capability) {
+  GHOSTGRAD_DISPATCH(capability, affine_sqnorm(affine, results, parallel))
+}
+
 }  // namespace ghostgrad::cpu

@@ -46,4 +46,9 @@ void embedding_sqnorm(const core::Picks& picks,
                       void* sqnorm,  // (B,)
                       ParallelFor parallel, Capability capability);
 
+// With g_i = sum_{t,s} b[i, t, :, s] (x[i, t, :, s] - mean) rstd for the scale, and without that factor for the shift:
+// sum_i g_i and ||g_i||^2 of both, in one pass.
+void affine_sqnorm(const core::Affine& affine, const core::AffineResults& results, ParallelFor parallel,
+                   Capability capability);
+
 }  // namespace ghostgrad::cpu

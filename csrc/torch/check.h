@@ -8,9 +8,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 
 #include "core/operands.h"
 
@@ -167,5 +170,118 @@ inline CheckedPicks checked_picks(const char* op,
                               checked.b.stride(1)};
   return checked;
 }
+
+struct CheckedAffine {
+  Tensor b;                          // (B, T, d, S)
+  std::optional<Tensor> x;           // the same
+  std::optional<Tensor> mean, rstd;  // (B, T, G)
+  core::Affine affine;
+};
+
+inline CheckedAffine checked_affine(const char* op,
+                                    const Tensor& b,                      // (B, T, d, S)
+                                    const std::optional<Tensor>& x,       // the same
+                                    const std::optional<Tensor>& mean,    // (B, T, G)
+                                    const std::optional<Tensor>& rstd) {  // (B, T, G)
+  check(b.dim() == 4, op, ": b must be (B, T, d, S), got ", shape_of(b));
+  const core::DType dtype = dtype_of(op, "b", b);
+  CheckedAffine checked{b, x, mean, rstd, {}};
+  core::Affine& affine = checked.affine;
+  affine = {};
+  affine.dtype = dtype;
+  affine.batch = b.size(0);
+  affine.before = b.size(1);
+  affine.channels = b.size(2);
+  affine.after = b.size(3);
+  affine.scaled = x.has_value();
+  affine.groups = 1;
+  if (x.has_value()) {
+    bool same = x->dim() == 4;
+    for (int64_t dim = 0; same && dim < 4; ++dim) same = x->size(dim) == b.size(dim);
+    check(same, op, ": x must have the shape of b, got ", shape_of(*x), " and ", shape_of(b));
+    check(dtype == dtype_of(op, "x", *x), op, ": b and x must have the same dtype");
+    check(same_device(b, *x), op, ": b and x must be on the same device");
+  }
+  for (const std::optional<Tensor>* statistic : {&mean, &rstd}) {
+    if (!statistic->has_value()) continue;
+    const Tensor& given = **statistic;
+    const char* name = statistic == &mean ? "mean" : "rstd";
+    check(x.has_value(), op, ": ", name, " without x");
+    check(given.dim() == 3 && given.size(0) == b.size(0) && given.size(1) == b.size(1) && given.size(2) > 0 &&
+              b.size(2) % given.size(2) == 0,
+          op, ": ", name, " must be (B, T, G) with G a divisor of d, got ", shape_of(given), " for ", shape_of(b));
+    check(given.scalar_type() == accumulation_type(dtype), op, ": ", name,
+          " must have the accumulation dtype of b, float64 for float64 and float32 otherwise");
+    check(same_device(b, given), op, ": b and ", name, " must be on the same device");
+    affine.groups = given.size(2);
+  }
+  if (mean.has_value() && rstd.has_value()) {
+    check(mean->size(2) == rstd->size(2), op, ": mean and rstd must have the same shape, got ", shape_of(*mean),
+          " and ", shape_of(*rstd));
+  }
+
+  // Which positions or channels are adjacent in memory, in both tensors?
+  const bool statistics = mean.has_value() || rstd.has_value();
+  const auto adjacent = [&](int64_t dim) {
+    return (b.size(dim) <= 1 || b.stride(dim) == 1) && (!x.has_value() || b.size(dim) <= 1 || x->stride(dim) == 1);
+  };
+  int64_t before = 1, after = 3;
+  if (b.size(1) == 1 && b.size(3) > 1 && !adjacent(3) && adjacent(2)) {
+    std::swap(before, after);  // images with the channels last: statistics are the same for all pixels
+  } else if (b.size(3) == 1 && b.size(1) > 1 && (b.size(2) <= 1 || !adjacent(2)) && adjacent(1) && !statistics) {
+    std::swap(before, after);  // a transposed sequence
+  } else if (!adjacent(b.size(3) == 1 ? 2 : 3)) {
+    checked.b = ::torch::stable::contiguous(b);
+    if (x.has_value()) checked.x = ::torch::stable::contiguous(*x);
+  }
+  affine.before = b.size(before);
+  affine.after = b.size(after);
+  affine.b = checked.b.const_data_ptr();
+  affine.b_batch_stride = checked.b.stride(0);
+  affine.b_before_stride = checked.b.stride(before);
+  affine.b_channel_stride = checked.b.stride(2);
+  if (x.has_value()) {
+    affine.x = checked.x->const_data_ptr();
+    affine.x_batch_stride = checked.x->stride(0);
+    affine.x_before_stride = checked.x->stride(before);
+    affine.x_channel_stride = checked.x->stride(2);
+  }
+  if (mean.has_value()) {
+    affine.mean = mean->const_data_ptr();
+    affine.mean_batch_stride = mean->stride(0);
+    affine.mean_before_stride = before == 1 ? mean->stride(1) : 0;
+    affine.mean_group_stride = mean->stride(2);
+  }
+  if (rstd.has_value()) {
+    affine.rstd = rstd->const_data_ptr();
+    affine.rstd_batch_stride = rstd->stride(0);
+    affine.rstd_before_stride = before == 1 ? rstd->stride(1) : 0;
+    affine.rstd_group_stride = rstd->stride(2);
+  }
+  return checked;
+}
+
+// The results of affine_sqnorm; those that are not asked for have no elements.
+struct AffineOutputs {
+  std::tuple<Tensor, Tensor, Tensor, Tensor> tensors;  // scale (d,), its norms (B,), shift (d,), its norms (B,)
+  bool scaled, total;
+
+  AffineOutputs(const CheckedAffine& checked, bool total)
+      : tensors(make(checked.b, total && checked.affine.scaled, 2), make(checked.b, checked.affine.scaled, 0),
+                make(checked.b, total, 2), make(checked.b, true, 0)),
+        scaled(checked.affine.scaled),
+        total(total) {}
+
+  core::AffineResults results() const {
+    return core::AffineResults{
+        total ? std::get<0>(tensors).mutable_data_ptr() : nullptr, std::get<1>(tensors).mutable_data_ptr(),
+        total ? std::get<2>(tensors).mutable_data_ptr() : nullptr, std::get<3>(tensors).mutable_data_ptr()};
+  }
+
+ private:
+  static Tensor make(const Tensor& b, bool wanted, int64_t dim) {
+    return ::torch::stable::new_empty(b, {wanted ? b.size(dim) : 0}, accumulation_type(dtype_of("", "", b)));
+  }
+};
 
 }  // namespace ghostgrad::binding

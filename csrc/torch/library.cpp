@@ -16,6 +16,12 @@ STABLE_TORCH_LIBRARY(ghostgrad, m) {
   m.def("row_sqnorm(Tensor x) -> Tensor");
   // index (B, T), b (B, T, d) -> (B,)                           sum_{v >= 0} ||sum_{t: index[i, t] = v} b_it||^2
   m.def("embedding_sqnorm(Tensor index, Tensor b) -> Tensor");
+  // b, x (B, T, d, S), mean, rstd (B, T, G)                     with g_i = sum_{t,s} b_i (x_i - mean) rstd and
+  //   -> (d,), (B,), (d,), (B,)                                 h_i = sum_{t,s} b_i: sum_i g_i, ||g_i||^2, the same of
+  //   h
+  m.def(
+      "affine_sqnorm(Tensor b, Tensor? x=None, Tensor? mean=None, Tensor? rstd=None, bool total=True) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
 
   // Planned: one of the above, or a plain matrix product and one of the above, whichever core/plan.h expects to be
   // fastest. a (B, T, p), b (B, T, d) -> (B,)

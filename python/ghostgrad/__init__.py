@@ -15,9 +15,11 @@ from . import layers as layers
 from . import ops as ops
 from . import reference as reference
 from . import rules as rules
+from .contributions import Affine as Affine
 from .contributions import Contribution as Contribution
 from .contributions import Full as Full
 from .contributions import Outer as Outer
+from .contributions import Positions as Positions
 from .contributions import Rows as Rows
 from .contributions import Segments as Segments
 from .errors import BatchCouplingError as BatchCouplingError

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from . import ops
 from .reference import accumulation_dtype
 
-__all__ = ["Arranged", "Contribution", "Full", "Gathered", "Outer", "Patches", "Rows", "Segments", "inner"]
+__all__ = ["Affine", "Arranged", "Contribution", "Full", "Gathered", "Outer", "Patches", "Positions", "Rows", "Segments", "inner"]
 
 _CHUNK = 1 << 19  # elements of unfolded patches that are formed at a time
 
@@ -179,6 +179,77 @@ class Full(Contribution):
 
     def sqnorm(self) -> Tensor:
         return ops.row_sqnorm(self.g)
+
+
+@dataclass
+class Positions:
+    """What the gradients of a scale and a shift that broadcast over positions are summed from; both are computed once for the two."""
+
+    b: Tensor  # (B, T, d, S) gradients at the output
+    x: Tensor | None = None  # (B, T, d, S) what the scale multiplied is (x - mean) rstd
+    mean: Tensor | None = None  # (B, T, G)
+    rstd: Tensor | None = None  # (B, T, G)
+    _grads: tuple[bool, ops.AffineGrads] | None = field(default=None, init=False)
+
+    def grads(self, total: bool) -> ops.AffineGrads:
+        if self._grads is None or (total and not self._grads[0]):
+            self._grads = total, ops.affine_sqnorm(self.b, self.x, self.mean, self.rstd, total)
+        return self._grads[1]
+
+    def normalised(self) -> Tensor | None:
+        x = self.x
+        for statistic, combine in ((self.mean, torch.sub), (self.rstd, torch.mul)):
+            if x is not None and statistic is not None:
+                x = combine(x, statistic.repeat_interleave(x.shape[2] // statistic.shape[2], 2)[..., None])
+        return x
+
+
+@dataclass
+class Affine(Contribution):
+    """A parameter that scales or shifts all positions alike: ``g_i = sum_{t,s} b_its x_its`` or ``sum_{t,s} b_its``. No ``g_i`` is formed, no product."""
+
+    of: Positions
+    scale: bool
+    shape: Sequence[int]  # of the parameter, of d elements
+
+    @property
+    def batch_size(self) -> int:
+        return self.of.b.shape[0]
+
+    def total(self) -> Tensor:
+        grads = self.of.grads(total=True)
+        return (grads.scale if self.scale else grads.shift).view(tuple(self.shape))
+
+    def materialise(self) -> Tensor:
+        x = self.of.normalised() if self.scale else None
+        return (self.of.b if x is None else self.of.b * x).sum((1, 3)).view(self.batch_size, *self.shape)
+
+    def sqnorm(self) -> Tensor:
+        grads = self.of.grads(total=False)
+        return grads.scale_sqnorm if self.scale else grads.shift_sqnorm
+
+    def total_and_sqnorm(self) -> tuple[Tensor, Tensor]:
+        return self.total(), self.sqnorm()  # the sums come with the norms
+
+    def form(self) -> Any:
+        return Full  # with any other; only uses that are alike stay sums that are not formed
+
+    def join(self, others: Sequence[Contribution]) -> Contribution:
+        alike = [other.of for other in others if isinstance(other, Affine) and other._kind() == self._kind()]
+        if len(alike) < len(others):
+            return super().join(others)
+        uses = [self.of, *alike]
+        b = torch.cat([use.b for use in uses], 1)
+        if not self.scale:
+            return replace(self, of=Positions(b))
+        columns = zip(*((use.x, use.mean, use.rstd) for use in uses))
+        return replace(self, of=Positions(b, *(None if column[0] is None else torch.cat(column, 1) for column in columns)))
+
+    def _kind(self) -> Any:
+        """Of positions that can stand one after the other."""
+        of = self.of
+        statistics = [None if t is None else t.shape[2] for t in (of.mean, of.rstd)] if self.scale else []
+        return self.scale, of.b.dtype, of.b.shape[2:], statistics
 
 
 @dataclass

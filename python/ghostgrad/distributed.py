@@ -49,3 +49,17 @@ def _(a: Any, b: Any) -> list[Any]:
         ([Shard(1), Partial()], [Shard(2), Replicate()]),
         ([Shard(0), Partial()], [Replicate(), Shard(2)]),
     ]
+
+
+@register_sharding(_OPS.affine_sqnorm.default)
+def _(b: Any, x: Any = None, mean: Any = None, rstd: Any = None, total: bool = True) -> list[Any]:
+    def entry(of_sum: Any, of_sqnorm: Any, of_data: Any, of_statistics: Any) -> Any:
+        empty = Replicate()  # results that are not asked for have no elements
+        of_scale = [of_sum if total else empty, of_sqnorm] if x is not None else [empty, empty]
+        operands = [of_data, *(None if t is None else p for t, p in ((x, of_data), (mean, of_statistics), (rstd, of_statistics))), None]
+        return [*of_scale, of_sum if total else empty, of_sqnorm], operands
+
+    spread = [entry(Partial(), Shard(0), Shard(0), Shard(0))]
+    if all(statistic is None or statistic.shape[2] == 1 for statistic in (mean, rstd)):
+        spread.append(entry(Shard(0), Partial(), Shard(2), Replicate()))
+    return [entry(Replicate(), Replicate(), Replicate(), Replicate()), *spread]

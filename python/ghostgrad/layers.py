@@ -5,6 +5,7 @@ Each says what the layer is in terms of contributions or of the rules that are t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,56 +13,194 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contributions import Arranged, Full, Gathered, Outer, Patches, Segments
+from .contributions import Affine, Arranged, Gathered, Outer, Patches, Positions, Segments
 from .errors import BatchCouplingError
 from .layout import PLAIN, Known, Ragged, placed, sequences, to_samples
+from .reference import accumulation_dtype
 from .rules import Call, add, body, linear, mul, reference_call, register_rule
 
 __all__: list[str] = []
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
-# Normalisation: the affine part is a broadcast multiply and add
+# Normalisation: a scale and a shift of what was normalised. Where torch has a kernel for all of it, one node keeps what torch's own keeps: the input and
+# its statistics.
 
 
-def _affine(call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    for parameter, combine, plain in ((weight, mul, torch.mul), (bias, add, torch.add)):
-        if parameter is None:
-            continue
-        if call.is_parameter(parameter):
-            x = combine(call, x, parameter if parameter.shape == shape else call.derive(lambda t: t.view(shape), parameter))
+def _normalisation(
+    call: Call,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    layout: Known,
+    run: Callable[..., tuple[Tensor, ...]],
+    input_grad: Callable[..., Tensor],
+    plain: Callable[[Tensor], Tensor],
+    arrange: Callable[[Tensor], Tensor],
+    arrange_statistics: Callable[[Tensor], Tensor],
+    shape: tuple[int, ...],
+) -> Tensor:
+    """A layer that normalises, scales and shifts, as one node.
+
+    Args:
+        run: ``run(x, weight, bias)`` gives the result, mean and rstd.
+        input_grad: ``input_grad(g, x, weight, bias, mean, rstd)``; need not be differentiable.
+        plain: ``plain(x)`` is the layer without weight and bias, in differentiable operations.
+        arrange: brings tensors like ``x`` to (B, T, d, S).
+        arrange_statistics: brings mean and rstd to (B, T, G).
+        shape: to which weight and bias are viewed to broadcast against ``x``.
+    """
+
+    scaled = weight is not None and weight.requires_grad
+
+    def backward(g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> tuple[Callable[[], Any] | None, ...]:
+        recorded = torch.is_grad_enabled()
+        normalised = plain(x) if recorded else None  # mean and rstd are constants here, but functions of x
+
+        def of_input() -> Tensor:
+            if normalised is None:
+                return input_grad(g, x, weight, bias, mean, rstd)
+            grad = g if weight is None else g * weight.view(shape)
+            return torch.autograd.grad(normalised, x, grad.to(normalised.dtype), create_graph=True)[0]
+
+        wide = accumulation_dtype(x.dtype)
+        like_x = arrange(g.to(x.dtype))
+        if not scaled:
+            positions = Positions(like_x)
+        elif normalised is not None:
+            positions = Positions(like_x, arrange(normalised))
         else:
-            x = call.mark(plain(x, parameter.view(shape)), call.layout(x, ragged=True))
-    return x
+            positions = Positions(like_x, arrange(x), arrange_statistics(mean.to(wide)), arrange_statistics(rstd.to(wide)))
+        of_weight = None if weight is None else functools.partial(Affine, positions, True, weight.shape)
+        of_bias = None if bias is None else functools.partial(Affine, positions, False, bias.shape)
+        return of_input, of_weight, of_bias
+
+    if x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type):  # before the node, not inside it: its backward must see what its forward saw
+
+        def widen(p: Tensor | None) -> Tensor | None:
+            return p if p is None or p.dtype == torch.float32 else call.derive(torch.Tensor.float, p) if call.is_parameter(p) else p.float()
+
+        x, weight, bias = call.mark(x.float(), layout), widen(weight), widen(bias)
+    return call.fuse(run, backward, (x,), (weight, bias), layout)
+
+
+def _affine(
+    call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, layout: Known, arrange: Callable[[Tensor], Tensor], shape: tuple[int, ...]
+) -> Tensor:
+    """A scale and a shift of ``x``, for what is normalised by other means; ``arrange`` and ``shape`` as above."""
+
+    def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        out = x if weight is None else x * weight.view(shape)
+        return (out if bias is None else out + bias.view(shape)).to(x.dtype)
+
+    def backward(g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Callable[[], Any] | None, ...]:
+        positions = Positions(arrange(g), None if weight is None else arrange(x))
+        of_weight = None if weight is None else functools.partial(Affine, positions, True, weight.shape)
+        of_bias = None if bias is None else functools.partial(Affine, positions, False, bias.shape)
+        return lambda: (g if weight is None else g * weight.view(shape)).to(x.dtype), of_weight, of_bias
+
+    return call.fuse(run, backward, (x,), (weight, bias), layout)
+
+
+def _outside(call: Call, input: Tensor, shape: tuple[int, ...]) -> Known:
+    """The layout of the input of a layer that normalises over its last dimensions."""
+    layout = call.layout(input, ragged=True)
+    if layout.dim >= input.dim() - len(shape):
+        raise BatchCouplingError(f"ghostgrad: '{call.operation}' of {call.names()} normalises over dimension {layout.dim}, along which the samples lie")
+    return layout
+
+
+def _rows(call: Call, layout: Known, dims: int) -> Callable[[Tensor], Tensor]:
+    """Brings tensors to (B, T, d), with d the last ``dims`` dimensions together."""
+    batch_size = call.batch_size
+    return lambda t: to_samples(t, layout, batch_size, dims).flatten(2)
 
 
 @register_rule(F.layer_norm)
 def layer_norm(
     call: Call, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    layout, shape = call.layout(input, ragged=True), tuple(normalized_shape)
-    if layout.dim >= input.dim() - len(shape):
-        raise BatchCouplingError(f"ghostgrad: '{call.operation}' of {call.names()} normalises over dimension {layout.dim}, along which the samples lie")
-    return _affine(call, call.mark(F.layer_norm(input, shape, None, None, eps), layout), weight, bias, shape)
+    shape = tuple(normalized_shape)
+    layout = _outside(call, input, shape)
+    rows = _rows(call, layout, len(shape))
+
+    return _normalisation(
+        call,
+        input,
+        weight,
+        bias,
+        layout,
+        run=lambda x, weight, bias: torch.native_layer_norm(x, shape, weight, bias, eps),
+        input_grad=lambda g, x, weight, bias, mean, rstd: torch.ops.aten.native_layer_norm_backward(
+            g, x, shape, mean, rstd, weight, bias, (True, False, False)
+        )[0],
+        plain=lambda x: F.layer_norm(x, shape, None, None, eps),
+        arrange=lambda t: rows(t).unsqueeze(-1),
+        arrange_statistics=rows,
+        shape=shape,
+    )
 
 
 @register_rule(F.rms_norm, torch.rms_norm)
 def rms_norm(call: Call, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    layout, shape = call.layout(input, ragged=True), tuple(normalized_shape)
-    if layout.dim >= input.dim() - len(shape):
-        raise BatchCouplingError(f"ghostgrad: '{call.operation}' of {call.names()} normalises over dimension {layout.dim}, along which the samples lie")
-    return _affine(call, call.mark(F.rms_norm(input, shape, None, eps), layout), weight, None, shape)
+    shape = tuple(normalized_shape)
+    layout = _outside(call, input, shape)
+    rows = _rows(call, layout, len(shape))
+    return _affine(call, F.rms_norm(input, shape, None, eps), weight, None, layout, lambda t: rows(t).unsqueeze(-1), shape)
 
 
 def _channels(input: Tensor) -> tuple[int, ...]:
     return (input.shape[1], *(1,) * (input.dim() - 2))
 
 
+def _images(call: Call, layout: Known) -> Callable[[Tensor], Tensor]:
+    """Brings (B * R, d, *size) to (B, R, d, S)."""
+    batch_size = call.batch_size
+    return lambda t: _runs(t.flatten(2) if t.dim() > 2 else t.unsqueeze(-1), layout, batch_size)
+
+
+def _dense_format(x: Tensor) -> torch.memory_format:
+    """The order of memory in which torch's group norm works on ``x``."""
+    for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if x.device.type == "cpu" and x.dim() == dims and not x.is_contiguous() and x.is_contiguous(memory_format=memory_format):
+            return memory_format
+    return torch.contiguous_format
+
+
 @register_rule(F.group_norm)
 def group_norm(call: Call, input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     if (layout := call.layout(input, ragged=True)).dim != 0:
         raise call.unsupported("group_norm normalises over the dimension along which the samples lie")
-    return _affine(call, call.mark(F.group_norm(input, num_groups, None, None, eps), layout), weight, bias, _channels(input))
+    rows, channels, groups, batch_size = input.shape[0], input.shape[1], num_groups, call.batch_size
+    sizes = (rows, channels, input.shape[2:].numel(), groups)
+
+    def dense(x: Tensor, like: Tensor) -> Tensor:
+        return x.contiguous(memory_format=_dense_format(like))
+
+    def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
+        weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+        out: tuple[Tensor, ...] = torch.native_group_norm(dense(x, x), weight, bias, *sizes, eps)
+        return out
+
+    def input_grad(g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
+        weight = None if weight is None else weight.contiguous()
+        mask = (True, False, False)
+        out: Tensor = torch.ops.aten.native_group_norm_backward(dense(g, x), dense(x, x), mean, rstd, weight, *sizes, mask)[0]
+        return out
+
+    return _normalisation(
+        call,
+        input,
+        weight,
+        bias,
+        layout,
+        run=run,
+        input_grad=input_grad,
+        plain=lambda x: F.group_norm(x, groups, None, None, eps),
+        arrange=_images(call, layout),
+        arrange_statistics=lambda t: _runs(t, layout, batch_size),
+        shape=_channels(input),
+    )
 
 
 @register_rule(F.batch_norm)
@@ -76,11 +215,32 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    layout = call.layout(input, ragged=True)
+    layout, shape, batch_size, rows = call.layout(input, ragged=True), _channels(input), call.batch_size, input.shape[0]
     if layout.dim != 0:
         raise call.unsupported("batch_norm's channels lie along the dimension of the samples")
-    normalised = F.batch_norm(input, running_mean, running_var, None, None, False, momentum, eps)
-    return _affine(call, call.mark(normalised, layout), weight, bias, _channels(input))
+    if running_mean is None or running_var is None:
+        raise call.unsupported("batch_norm without running statistics uses those of the batch")
+
+    def input_grad(g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
+        return (g * (rstd if weight is None else rstd * weight).view(shape)).to(x.dtype)
+
+    return _normalisation(
+        call,
+        input,
+        weight,
+        bias,
+        layout,
+        run=lambda x, weight, bias: (
+            F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps),
+            running_mean,
+            (running_var + eps).rsqrt(),
+        ),
+        input_grad=input_grad,
+        plain=lambda x: F.batch_norm(x, running_mean, running_var, None, None, False, momentum, eps),
+        arrange=_images(call, layout),
+        arrange_statistics=lambda t: _runs(t.expand(rows, -1), layout, batch_size),  # one group for each channel
+        shape=shape,
+    )
 
 
 @register_rule(F.instance_norm)
@@ -97,8 +257,40 @@ def instance_norm(
 ) -> Tensor:
     if (layout := call.layout(input, ragged=True)).dim != 0:
         raise call.unsupported("instance_norm's channels lie along the dimension of the samples")
-    normalised = F.instance_norm(input, running_mean, running_var, None, None, use_input_stats, momentum, eps)
-    return _affine(call, call.mark(normalised, layout), weight, bias, _channels(input))
+    if not use_input_stats or running_mean is not None or input.shape[2:].numel() <= 1:
+        normalised = F.instance_norm(input, running_mean, running_var, None, None, use_input_stats, momentum, eps)
+        return _affine(call, normalised, weight, bias, layout, _images(call, layout), _channels(input))
+    rows, channels, batch_size = input.shape[0], input.shape[1], call.batch_size
+
+    def merged(t: Tensor) -> Tensor:  # as torch does it: batch norm of one sample that has all channels of all samples
+        return t.reshape(1, rows * channels, *t.shape[2:])
+
+    def repeated(p: Tensor | None) -> Tensor | None:
+        return None if p is None else p.repeat(rows)
+
+    def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
+        out, mean, rstd = torch.native_batch_norm(merged(x), repeated(weight), repeated(bias), None, None, True, momentum, eps)
+        return out.view(x.shape), mean.view(rows, channels), rstd.view(rows, channels)
+
+    def input_grad(g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
+        statistics = (None, None, mean.flatten(), rstd.flatten())
+        merged_grad = torch.ops.aten.native_batch_norm_backward(merged(g), merged(x), repeated(weight), *statistics, True, eps, (True, False, False))[0]
+        out: Tensor = merged_grad.view(x.shape)
+        return out
+
+    return _normalisation(
+        call,
+        input,
+        weight,
+        bias,
+        layout,
+        run=run,
+        input_grad=input_grad,
+        plain=lambda x: F.instance_norm(x, None, None, None, None, True, momentum, eps),
+        arrange=_images(call, layout),
+        arrange_statistics=lambda t: _runs(t, layout, batch_size),  # one group for each channel
+        shape=_channels(input),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -279,7 +471,10 @@ def _convolution(
             wide = F.pad(wide, [side for z in reversed(zeros) for side in (z, z)]) if any(zeros) else wide
             return Patches(_runs(wide, layout, batch_size), _runs(narrow, layout, batch_size), kernel, stride, dilation, groups)
 
-        return input_grad, patches, lambda: Full(_runs(g, layout, batch_size).transpose(1, 2).flatten(2).sum(2))
+        def shift() -> Affine:
+            return Affine(Positions(_runs(g, layout, batch_size).flatten(3)), False, g.shape[1:2])  # (B, R, d, positions)
+
+        return input_grad, patches, shift
 
     if bias is not None and not call.is_parameter(bias):
         return call.mark(call.fuse(run, backward, (x,), (weight, None), layout) + bias.view(-1, *(1,) * dims), layout)

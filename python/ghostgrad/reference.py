@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["accumulation_dtype", "embedding_sqnorm", "gram_sqnorm", "outer_sqnorm", "row_sqnorm", "wgrad_sqnorm"]
+__all__ = ["accumulation_dtype", "affine_sqnorm", "embedding_sqnorm", "gram_sqnorm", "outer_sqnorm", "row_sqnorm", "wgrad_sqnorm"]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -70,3 +70,25 @@ def embedding_sqnorm(
     token = torch.searchsorted(index.sort(1).values, index.contiguous())  # (B, T), below T: equal for equal indices of a sample
     summed = torch.zeros_like(b).scatter_add(1, token[..., None].expand_as(b), b)
     return summed.square().sum((1, 2))
+
+
+def affine_sqnorm(
+    b: Tensor,  # (B, T, d, S)
+    x: Tensor | None = None,  # (B, T, d, S)
+    mean: Tensor | None = None,  # (B, T, G)
+    rstd: Tensor | None = None,  # (B, T, G)
+    total: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (d,), (B,), (d,), (B,)
+    """``(sum_i g_i, ||g_i||^2, sum_i h_i, ||h_i||^2)``, ``g_i = sum_{t,s} b_i (x_i - mean) rstd`` (d,) of a scale and ``h_i = sum_{t,s} b_i`` of a shift."""
+    dtype = accumulation_dtype(b.dtype)
+    shift, none = b.to(dtype).sum((1, 3)), b.new_empty(0, dtype=dtype)  # (B, d)
+    of_shift = (shift.sum(0) if total else none, shift.square().sum(1))
+    if x is None:
+        return none, none, *of_shift
+    normalised = x.to(dtype)
+    if mean is not None:
+        normalised = normalised - mean.repeat_interleave(x.shape[2] // mean.shape[2], 2)[..., None]
+    if rstd is not None:
+        normalised = normalised * rstd.repeat_interleave(x.shape[2] // rstd.shape[2], 2)[..., None]
+    scale = (b.to(dtype) * normalised).sum((1, 3))
+    return scale.sum(0) if total else none, scale.square().sum(1), *of_shift

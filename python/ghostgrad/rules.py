@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import ops
-from .contributions import Contribution, Full, Outer, Rows, Segments
+from .contributions import Affine, Contribution, Full, Outer, Positions, Rows, Segments
 from .errors import BatchCouplingError, UnsupportedUseError
 from .layout import ELEMENTWISE, PLAIN, AnyLayout, Known, Layout, Mixed, Ragged, propagate, single, sum_samples, to_rows, to_samples
 from .samplewise import agree, map_samples, static, tracing, tried
@@ -121,20 +121,35 @@ class _Expand(torch.autograd.Function):
         if ctx.rows:
             place: Layout = ctx.layout
             return Rows(g.sum_to_size(shape), place.dim - (g.dim() - len(shape)), place.outer, place.inner)
+        layout: Known = ctx.layout
+        if isinstance(layout, Ragged) or g.is_complex():
+            return _summed(g, layout, ctx.batch_size, shape) if ctx.batch_size != 1 else Full(g.sum_to_size(shape)[None])
         if ctx.batch_size == 1:
-            return Full(g.sum_to_size(shape)[None])
-        return _summed(g, ctx.layout, ctx.batch_size, shape)
+            g = g.unsqueeze(0)
+        elif layout == PLAIN:
+            g = g.unsqueeze(1)  # (B, 1, *rest)
+        else:
+            g = g.unflatten(layout.dim, (layout.outer, ctx.batch_size, layout.inner)).movedim(layout.dim + 1, 0).flatten(layout.dim + 1, layout.dim + 2)
+        aligned = (1,) * (g.dim() - len(shape)) + tuple(shape)
+        own = [dim for dim, size in enumerate(aligned) if size != 1]
+        first, last = (own[0], own[-1] + 1) if own else (g.dim(), g.dim())
+        if g.shape[first:last] == aligned[first:last]:  # positions before and after the parameter's dimensions, none between them
+            sizes = (ctx.batch_size, g.shape[1:first].numel(), shape.numel(), g.shape[last:].numel())
+            return Affine(Positions(g.reshape(sizes)), False, shape)
+        return Full(g.sum_to_size(ctx.batch_size, *aligned[1:]).reshape(ctx.batch_size, *shape))
 
 
 class _Fused(torch.autograd.Function):
     """An operation with a backward of its own that returns the inputs' gradients and the parameters' contributions. Made of differentiable torch ops."""
 
     @staticmethod
-    def forward(ctx: Any, fused: tuple[Callable[..., Tensor], Callable[..., Any], tuple[Sink | None, ...]], *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, fused: tuple[Callable[..., Any], Callable[..., Any], tuple[Sink | None, ...]], *tensors: Tensor | None) -> Tensor:
         forward, ctx.run_backward, ctx.sinks = fused
-        ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        return forward(*tensors)
+        out = forward(*tensors)
+        out, kept = (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
+        ctx.save_for_backward(*tensors, *kept)
+        return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
@@ -142,10 +157,15 @@ class _Fused(torch.autograd.Function):
             return (None,) * (1 + len(ctx.sinks))
         lazy = ctx.run_backward(g, *ctx.saved_tensors)
         grads = (
-            None if item is None or not needed else item() if sink is None else _deliver(sink, item)
+            None if item is None or not needed else _plain(item()) if sink is None else _deliver(sink, item)
             for item, sink, needed in zip(lazy, ctx.sinks, ctx.needs_input_grad[1:])
         )
         return None, *grads
+
+
+def _plain(grad: Tensor | Contribution | None) -> Tensor | None:
+    """The gradient of an input, or of a parameter that the tap does not track."""
+    return grad.total() if isinstance(grad, Contribution) else grad
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -268,7 +288,7 @@ class Call:
 
     def fuse(
         self,
-        forward: Callable[..., Tensor],
+        forward: Callable[..., Tensor | tuple[Tensor, ...]],
         backward: Callable[..., tuple[Callable[[], Any] | None, ...]],
         inputs: Sequence[Tensor | None],
         parameters: Sequence[Tensor | None],
@@ -277,9 +297,11 @@ class Call:
         """Runs ``forward(*inputs, *parameters)`` as one autograd node with a backward of its own.
 
         Args:
-            forward: plain tensors in, one plain tensor out; nothing in it is recorded.
-            backward: ``backward(grad_output, *inputs, *parameters)`` returns one zero-argument function (or None) for each input, giving its gradient,
-                and for each parameter, giving its contribution (:class:`Outer`, :class:`Segments`, :class:`Full`, :class:`Rows`). Only those needed are called.
+            forward: plain tensors in, one plain tensor out; nothing in it is recorded. Of a tuple the first is the result; the others are kept for backward,
+                which gets them after its other arguments, as constants.
+            backward: ``backward(grad_output, *inputs, *parameters, *kept)`` returns one zero-argument function (or None) for each input, giving its gradient,
+                and for each parameter, giving its contribution (:class:`Outer`, :class:`Segments`, :class:`Affine`, :class:`Full`,
+                :class:`Rows`). Only those needed are called.
                 To serve ``create_graph=True`` it must use differentiable operations.
             inputs: tensors that carry samples, or constants.
             parameters: tracked parameters, functions of them, or untracked tensors or None.
@@ -413,8 +435,13 @@ def _product(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, transpo
                 return Segments(a, b, samples, batch_size)
             return Outer(to_samples(a, layout, batch_size), to_samples(b, layout, batch_size))  # (B, T, p), (B, T, d)
 
+        def shift() -> Contribution:
+            if isinstance(layout, Ragged) or g.is_complex():
+                return _summed(g, layout, batch_size, g.shape[-1:])
+            return Affine(Positions(to_samples(g, layout, batch_size).unsqueeze(-1)), False, g.shape[-1:])  # (B, T, d, 1)
+
         # conj is the identity on real tensors; complex weights are functions of real parameters
-        return lambda: g @ (weight.t() if transposed else weight).conj(), outer, lambda: _summed(g, layout, batch_size, g.shape[-1:])
+        return lambda: g @ (weight.t() if transposed else weight).conj(), outer, shift
 
     weight_tracked = call.is_parameter(weight)
     if not weight_tracked or (bias is not None and (not call.is_parameter(bias) or bias.dim() != 1)):

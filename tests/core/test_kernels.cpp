@@ -171,6 +171,105 @@ static void test_embeddings(cpu::Capability capability) {
   }
 }
 
+// affine_sqnorm in either order of memory, without statistics, with those of groups, and without x.
+template <class S>
+static void test_affine(cpu::Capability capability, int64_t B, int64_t T, int64_t d, int64_t N, int64_t G,
+                        int64_t pad) {
+  using A = core::accumulation_t<S>;
+  const double epsilon = sizeof(A) == 8 ? 1e-14 : 2e-6;
+  const bool last = N == 1;  // the channels are adjacent, else the positions after them
+  const int64_t row = (last ? d : N) + pad, rows = last ? T : T * d;
+  const std::vector<S> b = draw<S>(B * rows * row, 1), x = draw<S>(B * rows * row, 2);
+  const std::vector<A> mean = draw<A>(B * T * G, 3), rstd = draw<A>(B * T * G, 4);
+  for (int form = 0; form < 4; ++form) {  // no x, x, x and rstd, x and both
+    const core::Affine affine{b.data(),
+                              form > 0,
+                              x.data(),
+                              form > 2 ? mean.data() : nullptr,
+                              form > 1 ? rstd.data() : nullptr,
+                              dtype_of<S>(),
+                              B,
+                              T,
+                              d,
+                              N,
+                              G,
+                              rows * row,
+                              last ? row : d * row,
+                              last ? 1 : row,
+                              rows * row,
+                              last ? row : d * row,
+                              last ? 1 : row,
+                              T * G,
+                              G,
+                              1,
+                              T * G,
+                              G,
+                              1};
+    const size_t channels = static_cast<size_t>(d), samples = static_cast<size_t>(B);
+    std::vector<long double> total[2], sqnorm[2], scale[2], square_scale[2];
+    for (int k = 0; k < 2; ++k) {
+      total[k].resize(channels);
+      scale[k].resize(channels);
+      sqnorm[k].resize(samples);
+      square_scale[k].resize(samples);
+    }
+    for (int64_t i = 0; i < B; ++i) {
+      for (int64_t c = 0; c < d; ++c) {
+        long double sum[2] = {0, 0}, magnitude[2] = {0, 0};
+        for (int64_t t = 0; t < T; ++t) {
+          for (int64_t n = 0; n < N; ++n) {
+            const size_t at = static_cast<size_t>(i * rows * row + (last ? t * row + c : (t * d + c) * row + n));
+            const size_t of_group = static_cast<size_t>((i * T + t) * G + c * G / d);
+            const long double gradient = core::to_accumulation(b[at]);
+            long double value = core::to_accumulation(x[at]), size = std::fabs(value);
+            if (form > 2) size += std::fabs(mean[of_group]), value -= mean[of_group];
+            if (form > 1) size *= std::fabs(rstd[of_group]), value *= rstd[of_group];
+            sum[0] += gradient * value;
+            sum[1] += gradient;
+            magnitude[0] += std::fabs(gradient) * size;
+            magnitude[1] += std::fabs(gradient);
+          }
+        }
+        for (int k = 0; k < 2; ++k) {
+          total[k][static_cast<size_t>(c)] += sum[k];
+          scale[k][static_cast<size_t>(c)] += magnitude[k];
+          sqnorm[k][static_cast<size_t>(i)] += sum[k] * sum[k];
+          square_scale[k][static_cast<size_t>(i)] += 2 * magnitude[k] * magnitude[k];
+        }
+      }
+    }
+    std::vector<A> first;
+    for (const cpu::ParallelFor& parallel : {cpu::serial(), backwards()}) {
+      std::vector<A> sums[2], norms[2], alone[2];
+      for (int k = 0; k < 2; ++k) {
+        sums[k].assign(channels, A(-1));
+        norms[k].assign(samples, A(-1));
+        alone[k].assign(samples, A(-1));
+      }
+      cpu::affine_sqnorm(affine, core::AffineResults{sums[0].data(), norms[0].data(), sums[1].data(), norms[1].data()},
+                         parallel, capability);
+      cpu::affine_sqnorm(affine, core::AffineResults{nullptr, alone[0].data(), nullptr, alone[1].data()}, parallel,
+                         capability);
+      std::vector<A> all;
+      for (int k = form > 0 ? 0 : 1; k < 2; ++k) {
+        EXPECT(alone[k] == norms[k] || d == 0, "%s: the norms alone differ", cpu::name_of(capability));
+        for (size_t c = 0; c < channels; ++c) {
+          EXPECT(close(sums[k][c], total[k][c], scale[k][c], epsilon), "%s affine %d (%ld, %ld, %ld, %ld, %ld)",
+                 cpu::name_of(capability), form, B, T, d, N, G);
+        }
+        for (size_t i = 0; i < samples; ++i) {
+          EXPECT(close(norms[k][i], sqnorm[k][i], square_scale[k][i], epsilon),
+                 "%s affine %d (%ld, %ld, %ld, %ld, %ld)", cpu::name_of(capability), form, B, T, d, N, G);
+        }
+        all.insert(all.end(), sums[k].begin(), sums[k].end());
+        all.insert(all.end(), norms[k].begin(), norms[k].end());
+      }
+      if (first.empty()) first = all;
+      EXPECT(first == all, "%s: the order of units shows", cpu::name_of(capability));
+    }
+  }
+}
+
 int main() {
   for (cpu::Capability capability : {cpu::Capability::kPortable, cpu::Capability::kAvx2, cpu::Capability::kAvx512}) {
     if (capability > cpu::capability()) continue;  // a lesser machine, or GHOSTGRAD_CPU_CAPABILITY
@@ -187,6 +286,18 @@ int main() {
         test<double>(capability, shape[0], shape[1], shape[2], shape[3], pad);
         test<core::BFloat16>(capability, shape[0], shape[1], shape[2], shape[3], pad);
         test<core::Float16>(capability, shape[0], shape[1], shape[2], shape[3], pad);
+      }
+    }
+    const int64_t affine_shapes[][5] = {{0, 3, 4, 1, 2},   {2, 0, 4, 1, 2},   {2, 3, 0, 1, 1},   {2, 1, 4, 0, 2},
+                                        {1, 1, 1, 1, 1},   {3, 1, 17, 1, 1},  {2, 7, 65, 1, 5},  {2, 260, 9, 1, 1},
+                                        {35, 2, 12, 1, 3}, {3, 5, 600, 1, 1}, {2, 1, 12, 35, 4}, {3, 2, 3, 300, 1},
+                                        {1, 1, 2, 4200, 2}};
+    for (const auto& shape : affine_shapes) {
+      for (int64_t pad : {0, 3}) {
+        test_affine<float>(capability, shape[0], shape[1], shape[2], shape[3], shape[4], pad);
+        test_affine<double>(capability, shape[0], shape[1], shape[2], shape[3], shape[4], pad);
+        test_affine<core::BFloat16>(capability, shape[0], shape[1], shape[2], shape[3], shape[4], pad);
+        test_affine<core::Float16>(capability, shape[0], shape[1], shape[2], shape[3], shape[4], pad);
       }
     }
   }

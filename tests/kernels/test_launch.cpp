@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "../core/expect.h"
+#include "cuda/affine_sqnorm.h"
 #include "cuda/embedding_sqnorm.h"
 #include "cuda/gram_sqnorm.h"
 #include "cuda/outer_sqnorm.h"
@@ -27,5 +28,11 @@ int main() {
   const core::Picks picks{memory.data(), true, memory.data(), core::DType::kFloat32, 1, 2, 3, 2, 1, 6, 3};
   EXPECT(cuda::launch_embedding_sqnorm(picks, memory.data(), memory.data(), nullptr) != cudaSuccess);
   EXPECT(cuda::launch_row_sqnorm(rows, memory.data(), memory.data(), nullptr) != cudaSuccess);
+  core::Affine affine{};
+  affine.b = memory.data();
+  affine.batch = affine.before = affine.after = affine.groups = 1;
+  affine.channels = 2;
+  const core::AffineResults results{nullptr, nullptr, memory.data(), memory.data()};
+  EXPECT(cuda::launch_affine_sqnorm(affine, results, memory.data(), nullptr) != cudaSuccess);
   return failures;
 }
