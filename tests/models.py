@@ -264,7 +264,7 @@ CASES = [
     Case("transposed conv 2-d", lambda: nn.ConvTranspose2d(3, 4, 3, stride=2), image()),
     Case("transposed conv 2-d, groups", lambda: nn.ConvTranspose2d(4, 6, (3, 2), stride=2, padding=1, groups=2), lambda: (torch.randn(B, 4, 4, 3),)),
     Case("transposed conv 3-d", lambda: nn.ConvTranspose3d(2, 3, 2, stride=2), lambda: (torch.randn(B, 2, 3, 2, 3),)),
-    Case("conv used twice", _shared_conv, image(), True),
+    Case("conv used twice", _shared_conv, image()),
     Case("conv on frames", lambda: Lambda(_frames, w=(2, 3, 2, 2), c=(2,)), lambda: (torch.randn(B, T, 3, 4, 4),)),
     Case("in-place relu after conv", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.LazyLinear(2)), image()),
     Case("embedding with padding", lambda: nn.Sequential(nn.Embedding(11, D, padding_idx=3), nn.Linear(D, 2)), tokens(B, 20)),

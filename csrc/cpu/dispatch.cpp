@@ -94,4 +94,18 @@ void row_sqnorm(const core::Rows& rows, void* sqnorm, ParallelFor parallel, Capa
   GHOSTGRAD_DISPATCH(capability, row_sqnorm(rows, sqnorm, parallel))
 }
 
+void conv_outer_sqnorm(const core::Convolution& convolution, void* sqnorm, ParallelFor parallel,
+                       Capability capability) {
+  GHOSTGRAD_DISPATCH(capability, conv_outer_sqnorm(convolution, sqnorm, parallel))
+}
+
+void conv_gram_sqnorm(const core::Convolution& convolution, void* sqnorm, ParallelFor parallel, Capability capability) {
+  GHOSTGRAD_DISPATCH(capability, conv_gram_sqnorm(convolution, sqnorm, parallel))
+}
+
+void conv_wgrad_sqnorm(const core::Convolution& convolution, void* wgrad, void* sqnorm, ParallelFor parallel,
+                       Capability capability) {
+  GHOSTGRAD_DISPATCH(capability, conv_wgrad_sqnorm(convolution, wgrad, sqnorm, parallel))
+}
+
 }  // namespace ghostgrad::cpu

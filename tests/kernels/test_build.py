@@ -23,7 +23,7 @@ import resources
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "tests"
-OPS = ["gram_sqnorm", "outer_sqnorm", "row_sqnorm", "wgrad_sqnorm"]
+OPS = ["conv_sqnorm", "conv_wgrad_sqnorm", "gram_sqnorm", "outer_sqnorm", "row_sqnorm", "wgrad_sqnorm"]
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 
 

@@ -5,8 +5,11 @@
 #include <random>
 #include <vector>
 
+#include "../core/convolutions.h"
 #include "../core/expect.h"
 #include "cpu/ops.h"
+#include "cuda/conv_sqnorm.h"
+#include "cuda/conv_wgrad_sqnorm.h"
 #include "cuda/gram_sqnorm.h"
 #include "cuda/outer_sqnorm.h"
 #include "cuda/row_sqnorm.h"
@@ -130,8 +133,65 @@ static void test_infinity() {
   }
 }
 
+template <class S>
+static void test_convolution(const convolutions::Case& c) {
+  using A = core::accumulation_t<S>;
+  core::Convolution o = convolutions::convolution(c, kDType<S>);
+  const std::vector<S> x = draw<S>(convolutions::x_elements(o), 1), b = draw<S>(convolutions::b_elements(o), 2);
+  o.x = x.data();
+  o.b = b.data();
+  const size_t B = static_cast<size_t>(o.batch), elements = static_cast<size_t>(o.elements());
+  std::vector<A> truth(B, NAN);
+  std::vector<S> truth_wgrad(elements);
+  cpu::conv_wgrad_sqnorm(o, truth_wgrad.data(), truth.data(), cpu::serial(), cpu::capability());
+  double scale = 1e-30;
+  for (const S& value : truth_wgrad) scale = std::fmax(scale, std::fabs(core::to_accumulation(value)));
+
+  const int number = static_cast<int>(&c - convolutions::kCases);
+  std::vector<double> first;
+  for (const emulation::Order order :
+       {emulation::Order::kForwards, emulation::Order::kBackwards, emulation::Order::kShuffled}) {
+    emulation::order = order;
+    emulation::max_blocks = order == emulation::Order::kBackwards ? 2 : INT64_MAX;
+    std::vector<A> norms(B, NAN), fused(B, NAN);
+    std::vector<S> wgrad(elements);
+    EXPECT(cuda::launch_conv_sqnorm(o, norms.data(), workspace(cuda::conv_sqnorm_workspace(o)).data(), nullptr) ==
+           cudaSuccess);
+    EXPECT(cuda::launch_conv_wgrad_sqnorm(o, wgrad.data(), fused.data(),
+                                          workspace(cuda::conv_wgrad_sqnorm_workspace(o)).data(),
+                                          nullptr) == cudaSuccess);
+    std::vector<double> values;
+    for (size_t i = 0; i < B; ++i) {
+      for (const A value : {norms[i], fused[i]}) {
+        EXPECT(std::fabs(value - truth[i]) <= (sizeof(A) == 8 ? 1e-12 : 2e-5) * std::fabs(truth[i]),
+               "convolution %d, sample %zu: %g, not %g", number, i, double(value), double(truth[i]));
+        values.push_back(value);
+      }
+    }
+    for (size_t e = 0; e < elements; ++e) {
+      const double value = core::to_accumulation(wgrad[e]), true_value = core::to_accumulation(truth_wgrad[e]);
+      EXPECT(std::fabs(value - true_value) <= (sizeof(S) == 8   ? 1e-13
+                                               : sizeof(S) == 4 ? 1e-5
+                                                                : 1e-2) *
+                                                  scale,
+             "convolution %d, element %zu: %g, not %g", number, e, value, true_value);
+      values.push_back(value);
+    }
+    if (first.empty()) first = values;
+    EXPECT(first == values, "convolution %d: the order of threads or the number of blocks shows", number);
+    if (failures > 20) return;
+  }
+}
+
 int main() {
   test_infinity();
+  for (const convolutions::Case& c : convolutions::kCases) {
+    if (c.batch > 100) continue;  // the emulation is slow
+    test_convolution<float>(c);
+    test_convolution<double>(c);
+  }
+  test_convolution<core::BFloat16>(convolutions::kCases[6]);
+  test_convolution<core::Float16>(convolutions::kCases[10]);
   const int64_t shapes[][4] = {{0, 3, 4, 5},    {2, 0, 4, 5},    {2, 3, 0, 5},    {2, 3, 4, 0},
                                {1, 1, 1, 1},    {2, 17, 65, 70}, {1, 64, 64, 64}, {2, 130, 5, 9},
                                {1, 300, 3, 66}, {70, 2, 3, 4},   {26, 40, 7, 70}};

@@ -4,6 +4,8 @@
 #include <vector>
 
 #include "../core/expect.h"
+#include "cuda/conv_sqnorm.h"
+#include "cuda/conv_wgrad_sqnorm.h"
 #include "cuda/gram_sqnorm.h"
 #include "cuda/outer_sqnorm.h"
 #include "cuda/row_sqnorm.h"
@@ -24,5 +26,23 @@ int main() {
   EXPECT(cuda::launch_gram_sqnorm(o, memory.data(), memory.data(), nullptr) != cudaSuccess);
   EXPECT(cuda::launch_wgrad_sqnorm(o, nullptr, memory.data(), memory.data(), memory.data(), nullptr) != cudaSuccess);
   EXPECT(cuda::launch_row_sqnorm(rows, memory.data(), memory.data(), nullptr) != cudaSuccess);
+  core::Convolution c{memory.data(),
+                      memory.data(),
+                      core::DType::kFloat32,
+                      1,
+                      1,
+                      1,
+                      1,
+                      1,
+                      {1, 1, 3},
+                      {1, 1, 2},
+                      {1, 1, 2},
+                      {1, 1, 1},
+                      {0, 0, 0},
+                      {1, 1, 1},
+                      {3, 3, 3, 3, 3, 1},
+                      {2, 2, 2, 2, 2, 1}};
+  EXPECT(cuda::launch_conv_sqnorm(c, memory.data(), memory.data(), nullptr) != cudaSuccess);
+  EXPECT(cuda::launch_conv_wgrad_sqnorm(c, memory.data(), memory.data(), memory.data(), nullptr) != cudaSuccess);
   return failures;
 }
