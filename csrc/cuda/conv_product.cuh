@@ -37,17 +37,19 @@ __device__ __forceinline__ void conv_tile(const core::Convolution& o, int64_t sa
   const S* x = static_cast<const S*>(o.x) + sample * o.x_strides[0];
   const S* b = static_cast<const S*>(o.b) + sample * o.b_strides[0];
 
-  // A column is an input channel and a kernel element.
-  int64_t channel[kPerThread], shift[kPerThread][3];
+  // A column is an input channel and a kernel element; one that is none lies before any image.
+  int64_t channel[kPerThread];
+  int32_t shift[kPerThread][3];
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     int64_t feature = place.column + outer + i * kApart;
-    shift[i][2] = feature % o.kernel[2] * o.dilation[2] - o.padding[2];
+    const bool none = feature >= o.in_features();
+    shift[i][2] = static_cast<int32_t>(feature % o.kernel[2] * o.dilation[2] - o.padding[2]);
     feature /= o.kernel[2];
-    shift[i][1] = feature % o.kernel[1] * o.dilation[1] - o.padding[1];
+    shift[i][1] = static_cast<int32_t>(feature % o.kernel[1] * o.dilation[1] - o.padding[1]);
     feature /= o.kernel[1];
-    shift[i][0] = feature % o.kernel[0] * o.dilation[0] - o.padding[0];
-    channel[i] = feature / o.kernel[0];
+    shift[i][0] = none ? INT32_MIN : static_cast<int32_t>(feature % o.kernel[0] * o.dilation[0] - o.padding[0]);
+    channel[i] = feature / o.kernel[0] * o.x_strides[2];
   }
   multiply_tile(
       o.positions(), stage,
@@ -69,11 +71,11 @@ __device__ __forceinline__ void conv_tile(const core::Convolution& o, int64_t sa
               there && row < o.group_outputs() ? core::to_accumulation(gradients[row * o.b_strides[2]]) : A(0);
           const int64_t at_z = out_z * o.stride[0] + shift[i][0], at_y = out_y * o.stride[1] + shift[i][1];
           const int64_t at_x = out_x * o.stride[2] + shift[i][2];
-          const bool inside = there && channel[i] < o.group_channels() && at_z >= 0 && at_z < o.size[0] && at_y >= 0 &&
-                              at_y < o.size[1] && at_x >= 0 && at_x < o.size[2];
+          const bool inside =
+              there && at_z >= 0 && at_z < o.size[0] && at_y >= 0 && at_y < o.size[1] && at_x >= 0 && at_x < o.size[2];
           stage.columns[k][outer + i * kApart] =
-              inside ? core::to_accumulation(image[channel[i] * o.x_strides[2] + at_z * o.x_strides[3] +
-                                                   at_y * o.x_strides[4] + at_x * o.x_strides[5]])
+              inside ? core::to_accumulation(
+                           image[channel[i] + at_z * o.x_strides[3] + at_y * o.x_strides[4] + at_x * o.x_strides[5]])
                      : A(0);
         }
       },

@@ -17,12 +17,12 @@ STABLE_TORCH_LIBRARY(ghostgrad, m) {
   // x (B, R, c, *size), b (B, R, d, *out) -> (B,)               squared norms of a convolution's weight (d, c / groups,
   // *kernel), from R runs of it for each sample
   m.def(
-      "conv_sqnorm(Tensor x, Tensor b, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups) -> "
-      "Tensor");
+      "conv_sqnorm(Tensor x, Tensor b, int[] kernel, int[] stride, int[] padding, int[] dilation, "
+      "int groups) -> Tensor");
   // x, b -> (d, c / groups, *kernel), (B,)                      the weight's gradient and these norms
   m.def(
-      "conv_wgrad_sqnorm(Tensor x, Tensor b, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups) -> "
-      "(Tensor, Tensor)");
+      "conv_wgrad_sqnorm(Tensor x, Tensor b, int[] kernel, int[] stride, int[] padding, int[] dilation, "
+      "int groups) -> (Tensor, Tensor)");
 
   // Planned: one of the above, or a plain matrix product and one of the above, whichever core/plan.h expects to be
   // fastest. a (B, T, p), b (B, T, d) -> (B,)
@@ -31,6 +31,6 @@ STABLE_TORCH_LIBRARY(ghostgrad, m) {
   m.def("wgrad_and_sqnorm(Tensor a, Tensor b) -> (Tensor, Tensor)");
   // x, b -> (d, c / groups, *kernel), (B,)
   m.def(
-      "conv_wgrad_and_sqnorm(Tensor x, Tensor b, int[] kernel, int[] stride, int[] padding, int[] dilation, int "
-      "groups) -> (Tensor, Tensor)");
+      "conv_wgrad_and_sqnorm(Tensor x, Tensor b, int[] kernel, int[] stride, int[] padding, int[] dilation, "
+      "int groups) -> (Tensor, Tensor)");
 }
