@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+import ghostgrad as gg
 from ghostgrad import ops, reference
 from ghostgrad.reference import accumulation_dtype
+from helpers import loop_sqnorms, loss_fn
 from test_ops import DEVICES, DTYPES, assert_honest, draw
 
 OPS = ["conv_sqnorm", "conv_wgrad_sqnorm", "conv_wgrad_and_sqnorm"]
@@ -232,6 +235,30 @@ def test_the_plan() -> None:
         ops.conv_plan(1, -2, 3, 4)
 
 
+# --- in a tap ---
+
+
+def test_uses_on_images_of_one_size_join_as_runs_and_others_by_materialising() -> None:
+    class Twice(nn.Module):
+        def __init__(self, shrink: bool):
+            super().__init__()
+            self.conv, self.shrink = nn.Conv2d(2, 2, 3, padding=1), shrink
+
+        def forward(self, x: Tensor) -> Tensor:
+            once = self.conv(x).tanh()
+            return self.conv(F.avg_pool2d(once, 2) if self.shrink else once)
+
+    for shrink in (False, True):
+        model, x, target = Twice(shrink).double(), draw((3, 2, 6, 4), torch.float64), draw((3,), torch.float64)
+        with warnings.catch_warnings(record=True) as caught, gg.tap(model, by_param=True) as tap:
+            warnings.simplefilter("always")
+            loss_fn(model(x), target).backward()
+        exact = loop_sqnorms(model, (x,), target)
+        for name, value in tap.sqnorms(by_param=True).items():
+            torch.testing.assert_close(value, exact[name], rtol=1e-12, atol=0)
+        assert any("'conv.weight'" in str(warning.message) for warning in caught) == shrink
+
+
 # --- properties ---
 
 
@@ -430,6 +457,49 @@ print(status("VmHWM") - before)
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     extra, weight = float(done.stdout.splitlines()[-1]), channels * channels * 9 * 4 / 2**20
     assert extra < 2 * weight + 12, f"{extra:.1f} MiB beside the operands, on two threads"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to measure peak memory")
+def test_a_step_with_norms_needs_little_more_memory_than_a_plain_one() -> None:
+    # Patches of the batch would take 144 MiB in the last layer, its per-sample gradients 9 MiB.
+    code = """
+import ctypes
+
+import ghostgrad as gg
+import torch
+from torch import nn
+
+def status(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key)) / 1024
+
+def peak(step):
+    model.zero_grad()
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before = status("VmRSS")
+    step()
+    return status("VmHWM") - before
+
+def plain():
+    model(x).square().mean().backward()
+
+def tapped():
+    with gg.tap(model) as tap:
+        plain()
+    tap.sqnorms()
+
+torch.set_num_threads(2)
+layers = [nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1)]
+model, x = nn.Sequential(*layers), torch.randn(64, 3, 32, 32)
+plain()
+tapped()
+print(min(peak(tapped) for _ in range(3)) - min(peak(plain) for _ in range(3)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    extra = float(done.stdout.splitlines()[-1])
+    assert extra < 12, f"{extra:.1f} MiB more than a plain step"
 
 
 # --- errors ---
