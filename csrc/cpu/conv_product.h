@@ -25,7 +25,8 @@
 namespace ghostgrad::cpu::GHOSTGRAD_ISA {
 namespace {
 
-// A tile's elements: its weight gradient, and the float64 sums of long samples, stay in the second-level cache.
+// Elements of a tile and of a box, as far as one channel and kNv vectors allow: the tile's weight gradient and the
+// float64 sums of long samples, packed operands and box stay in the second-level cache together.
 constexpr int64_t kConvTile = 64 * 576;
 constexpr int64_t kBoxElements = 1 << 15;
 // Rows of a block, in steps of three: more, and their addresses do not fit the integer registers.
@@ -72,9 +73,10 @@ void move(const S* from, int64_t from_i, int64_t from_j, int64_t n, int64_t m, A
   }
 }
 
-template <class A, int kRows, int kVectors, int kPositions, bool kGroups>
+// One position's products, added to the sums of `slot`.
+template <int kVectors, bool kGroups, class A, int kRows, int kSums>
 GHOSTGRAD_HD void multiply_position(const A* const (&row)[kRows], int64_t position, const A* b, int slot,
-                                    Vector<A> (&registers)[kRows][kVectors * kPositions]) {
+                                    Vector<A> (&registers)[kRows][kSums]) {
   Vector<A> columns[kVectors];
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) columns[v] = load_aligned(b + v * kLanes<A>);
@@ -84,7 +86,7 @@ GHOSTGRAD_HD void multiply_position(const A* const (&row)[kRows], int64_t positi
     if constexpr (kGroups) {
       factor = load(row[r] + position);
     } else {
-      factor = row[r][position] - Vector<A>{};
+      factor = row[r][position] - Vector<A>{};  // broadcast
     }
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) registers[r][slot * kVectors + v] += columns[v] * factor;
@@ -110,13 +112,12 @@ __attribute__((noinline)) void multiply_box(const A* box, const int64_t* row_off
   int64_t t = 0;
   for (; t + kPositions <= depth; t += kPositions) {
 #pragma GCC unroll 2
-    for (int s = 0; s < kPositions; ++s)
-      multiply_position<A, kRows, kVectors, kPositions, kGroups>(row, position_offset[t + s],
-                                                                 b + (t + s) * kVectors * kLane, s, registers);
+    for (int slot = 0; slot < kPositions; ++slot) {
+      const int64_t at = t + slot;
+      multiply_position<kVectors, kGroups>(row, position_offset[at], b + at * kVectors * kLane, slot, registers);
+    }
   }
-  if (t < depth)
-    multiply_position<A, kRows, kVectors, kPositions, kGroups>(row, position_offset[t], b + t * kVectors * kLane, 0,
-                                                               registers);
+  if (t < depth) multiply_position<kVectors, kGroups>(row, position_offset[t], b + t * kVectors * kLane, 0, registers);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -145,7 +146,7 @@ class ConvProduct {
   static constexpr int64_t kLane = kLanes<A>;
   static constexpr int64_t kMaxBlock = kConvRows * kNv * kLane;
 
-  // How the tensor of all G_i's elements is cut into tiles: by size alone.
+  // How G_i is cut into tiles, and its positions into strips: by sizes alone.
   struct Cut {
     bool lanes_are_groups;
     int64_t group_tiles;     // groups, or vectors of groups
@@ -186,13 +187,11 @@ class ConvProduct {
     c.channel_tiles = core::even_split(o.group_channels(), core::maximum(1, channels), 1);
     const int64_t rows = c.channel_tiles.size * o.offsets();
     c.column_tiles = core::even_split(c.columns, core::maximum(kNv, kConvTile / rows / kLane), kNv);
+    // A block costs about one row more than it has.
+    const auto cost = [rows](int64_t per_block) { return core::ceil_div(rows, per_block) * (per_block + 1); };
     c.rows_per_block = kConvRows;
-    for (int64_t per_block = kConvRows; per_block > 0;
-         per_block -= 3) {  // a block costs about one row more than it has
-      if (core::ceil_div(rows, per_block) * (per_block + 1) <
-          core::ceil_div(rows, c.rows_per_block) * (c.rows_per_block + 1)) {
-        c.rows_per_block = per_block;
-      }
+    for (int64_t per_block = kConvRows - 3; per_block > 0; per_block -= 3) {
+      if (cost(per_block) < cost(c.rows_per_block)) c.rows_per_block = per_block;
     }
     return c;
   }

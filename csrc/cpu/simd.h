@@ -100,7 +100,7 @@ GHOSTGRAD_HD Vector<float> load(const core::Float16* from) {
 #endif
 }
 
-// rows[i][j] and rows[j][i] exchanged, by exchanging ever smaller blocks off the diagonal.
+// An integer for every lane: to select lanes, and to mask them.
 template <class A>
 struct IndexOf {
   typedef int32_t type __attribute__((vector_size(kVectorBytes)));
@@ -112,6 +112,7 @@ struct IndexOf<double> {
 template <class A>
 using Index = typename IndexOf<A>::type;
 
+// rows[i][j] and rows[j][i] exchanged, by exchanging ever smaller blocks off the diagonal.
 template <class A, int kStep>
 GHOSTGRAD_HD void transpose_step(Vector<A> (&rows)[kLanes<A>]) {
   Index<A> upper, lower;
