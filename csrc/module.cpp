@@ -40,10 +40,18 @@ const char* name_of(core::Norm norm) {
   return "fused";
 }
 
+core::Machine machine_of(const std::string& device) { return device == "cuda" ? core::Machine::kCuda : cpu::machine(); }
+
 py::tuple plan(int64_t B, int64_t T, int64_t p, int64_t d, const std::string& dtype, const std::string& device,
                bool wgrad) {
-  const core::Machine where = device == "cuda" ? core::Machine::kCuda : cpu::machine();
-  const core::Plan chosen = core::plan(core::Problem{B, T, p, d, dtype_named(dtype), where, wgrad});
+  const core::Plan chosen = core::plan(core::Problem{B, T, p, d, dtype_named(dtype), machine_of(device), wgrad});
+  return py::make_tuple(name_of(chosen.norm), chosen.flops);
+}
+
+py::tuple conv_plan(int64_t B, int64_t T, int64_t p, int64_t d, int64_t groups, const std::string& dtype,
+                    const std::string& device, bool wgrad) {
+  const core::Plan chosen =
+      core::conv_plan(core::ConvProblem{B, T, p, d, groups, dtype_named(dtype), machine_of(device), wgrad});
   return py::make_tuple(name_of(chosen.norm), chosen.flops);
 }
 
@@ -62,4 +70,6 @@ PYBIND11_MODULE(_C, m) {
       "The instruction set that the CPU kernels run with: portable, avx2 or avx512.");
   m.def("plan", &plan, py::arg("B"), py::arg("T"), py::arg("p"), py::arg("d"), py::arg("dtype"), py::arg("device"),
         py::arg("wgrad"), "The formula chosen for a layer's squared norms, and its floating-point operations.");
+  m.def("conv_plan", &conv_plan, py::arg("B"), py::arg("T"), py::arg("p"), py::arg("d"), py::arg("groups"),
+        py::arg("dtype"), py::arg("device"), py::arg("wgrad"), "The same for a convolution's weight.");
 }

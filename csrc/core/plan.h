@@ -89,4 +89,42 @@ constexpr Plan plan(const Problem& problem) {
   return Plan{Norm::kOuter, B * (2 * T * p * d + 2 * p * d) + wgrad_flops};
 }
 
+// The same for a convolution's weight, where p are the input channels of a group times kernel offsets and d the output
+// channels of a group. Patches are formed for Gram matrices alone.
+struct ConvProblem {
+  int64_t batch, positions, in_features, out_features, groups;
+  DType dtype;
+  Machine machine;
+  bool wgrad;
+};
+
+// Measured as the above, on layers of residual networks; `vendor` is oneDNN's weight gradient.
+constexpr Speeds conv_speeds(DType dtype, Machine machine) {
+  Speeds speed = speeds(dtype, machine);
+  if (dtype == DType::kFloat32 && machine == Machine::kCpuAvx512) speed.vendor = 205;
+  return speed;
+}
+
+// Operations for each element of a patch that is formed.
+constexpr double kPatchOverhead = 45;
+
+constexpr Plan conv_plan(const ConvProblem& problem) {
+  const double B = static_cast<double>(problem.batch * problem.groups), T = static_cast<double>(problem.positions);
+  const double p = static_cast<double>(problem.in_features), d = static_cast<double>(problem.out_features);
+  const double wgrad_flops = problem.wgrad ? B * 2 * T * p * d : 0;
+  const Speeds speed = conv_speeds(problem.dtype, problem.machine);
+  const double pairs = T * (T + 4) / 2;
+  const double gram_time = (pairs * (2 * (p + d) + kPairOverhead) + kPatchOverhead * T * p) / speed.gram;
+  const double outer_time = (2 * T + kSquareOverhead) * p * d / speed.product;
+  const double fused_time = (2 * T + kCarryOverhead) * p * d / speed.product;
+  const double wgrad_time = 2 * T * p * d / speed.vendor;
+
+  const bool gram_wins = problem.machine != Machine::kCuda && gram_time <= outer_time;
+  if (problem.wgrad && (!gram_wins || fused_time <= wgrad_time + gram_time)) {
+    return Plan{Norm::kFused, B * (2 * T * p * d + 4 * p * d)};
+  }
+  if (gram_wins) return Plan{Norm::kGram, B * T * T * (p + d) + wgrad_flops};
+  return Plan{Norm::kOuter, B * (2 * T * p * d + 2 * p * d)};
+}
+
 }  // namespace ghostgrad::core

@@ -103,4 +103,18 @@ void affine_sqnorm(const core::Affine& affine, const core::AffineResults& result
   GHOSTGRAD_DISPATCH(capability, affine_sqnorm(affine, results, parallel))
 }
 
+void conv_outer_sqnorm(const core::Convolution& convolution, void* sqnorm, ParallelFor parallel,
+                       Capability capability) {
+  GHOSTGRAD_DISPATCH(capability, conv_outer_sqnorm(convolution, sqnorm, parallel))
+}
+
+void conv_gram_sqnorm(const core::Convolution& convolution, void* sqnorm, ParallelFor parallel, Capability capability) {
+  GHOSTGRAD_DISPATCH(capability, conv_gram_sqnorm(convolution, sqnorm, parallel))
+}
+
+void conv_wgrad_sqnorm(const core::Convolution& convolution, void* wgrad, void* sqnorm, ParallelFor parallel,
+                       Capability capability) {
+  GHOSTGRAD_DISPATCH(capability, conv_wgrad_sqnorm(convolution, wgrad, sqnorm, parallel))
+}
+
 }  // namespace ghostgrad::cpu

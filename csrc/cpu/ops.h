@@ -51,4 +51,20 @@ void embedding_sqnorm(const core::Picks& picks,
 void affine_sqnorm(const core::Affine& affine, const core::AffineResults& results, ParallelFor parallel,
                    Capability capability);
 
+// sqnorm[i] = ||G_i||^2 of a convolution's weight, tile by tile.
+void conv_outer_sqnorm(const core::Convolution& convolution,
+                       void* sqnorm,  // (B,)
+                       ParallelFor parallel, Capability capability);
+
+// The same from inner products of patches and of output gradients.
+void conv_gram_sqnorm(const core::Convolution& convolution,
+                      void* sqnorm,  // (B,)
+                      ParallelFor parallel, Capability capability);
+
+// wgrad = sum_i G_i in the operands' own dtype, and sqnorm, in one pass.
+void conv_wgrad_sqnorm(const core::Convolution& convolution,
+                       void* wgrad,   // (out_channels, channels / groups, *kernel)
+                       void* sqnorm,  // (B,)
+                       ParallelFor parallel, Capability capability);
+
 }  // namespace ghostgrad::cpu

@@ -62,6 +62,10 @@ GHOSTGRAD_HD Vector<double> load(const double* from) {
   memcpy(&v, from, sizeof(v));
   return v;
 }
+template <class A>
+GHOSTGRAD_HD void store(A* to, Vector<A> v) {
+  memcpy(to, &v, sizeof(v));
+}
 // 16 bits are widened by vector arithmetic that mirrors core::to_accumulation, with the machine's own instructions
 // where there are some: left to itself, gcc 12 takes four times as long for either step.
 typedef uint16_t ShortVector __attribute__((vector_size(kVectorBytes / 2)));
@@ -94,6 +98,48 @@ GHOSTGRAD_HD Vector<float> load(const core::Float16* from) {
   const BitsVector special = magnitude | 0x7f800000u;
   return reinterpret_cast<Vector<float>>(sign | (magnitude >= 0x0f800000u ? special : finite));
 #endif
+}
+
+// An integer for every lane: to select lanes, and to mask them.
+template <class A>
+struct IndexOf {
+  typedef int32_t type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct IndexOf<double> {
+  typedef int64_t type __attribute__((vector_size(kVectorBytes)));
+};
+template <class A>
+using Index = typename IndexOf<A>::type;
+
+// rows[i][j] and rows[j][i] exchanged, by exchanging ever smaller blocks off the diagonal.
+template <class A, int kStep>
+GHOSTGRAD_HD void transpose_step(Vector<A> (&rows)[kLanes<A>]) {
+  Index<A> upper, lower;
+#pragma GCC unroll 16
+  for (int j = 0; j < kLanes<A>; ++j) {
+    upper[j] = j & kStep ? kLanes<A> + j - kStep : j;
+    lower[j] = j & kStep ? kLanes<A> + j : j + kStep;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<A>; ++i) {
+    if (i & kStep) continue;
+    const Vector<A> first = rows[i], second = rows[i + kStep];
+#if defined(__clang__)
+    for (int j = 0; j < kLanes<A>; ++j) {
+      rows[i][j] = j & kStep ? second[j - kStep] : first[j];
+      rows[i + kStep][j] = j & kStep ? second[j] : first[j + kStep];
+    }
+#else
+    rows[i] = __builtin_shuffle(first, second, upper);
+    rows[i + kStep] = __builtin_shuffle(first, second, lower);
+#endif
+  }
+  if constexpr (kStep > 1) transpose_step<A, kStep / 2>(rows);
+}
+template <class A>
+GHOSTGRAD_HD void transpose(Vector<A> (&rows)[kLanes<A>]) {
+  transpose_step<A, kLanes<A> / 2>(rows);
 }
 
 // The lanes of `v` added by halves: upper onto lower, until one is left.

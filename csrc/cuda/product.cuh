@@ -126,6 +126,56 @@ __device__ __forceinline__ void wgrad_tile(const core::Operands& o, int64_t samp
       total);
 }
 
+// A patch of the weight gradient while samples go by: a sum in the accumulation type, which every kSamplesPerFlush
+// samples moves on to float64.
+constexpr int64_t kSamplesPerFlush = 64;
+
+template <class A>
+struct RunningPatch {
+  A sum[kPatch][kPatch];
+  double flushed[kPatch][kPatch];
+
+  __device__ __forceinline__ RunningPatch() {
+#pragma unroll
+    for (int i = 0; i < kPatch; ++i) {
+#pragma unroll
+      for (int j = 0; j < kPatch; ++j) {
+        sum[i][j] = A(0);
+        flushed[i][j] = 0.0;
+      }
+    }
+  }
+  __device__ __forceinline__ void add(const A (&total)[kPatch][kPatch], A weight, bool flush) {
+#pragma unroll
+    for (int i = 0; i < kPatch; ++i) {
+#pragma unroll
+      for (int j = 0; j < kPatch; ++j) {
+        sum[i][j] += weight * total[i][j];
+        if (flush) {
+          flushed[i][j] += static_cast<double>(sum[i][j]);
+          sum[i][j] = A(0);
+        }
+      }
+    }
+  }
+  // To its place in a (rows, columns) matrix, of which this is a part of the tile at (row, column).
+  template <class Out>
+  __device__ __forceinline__ void store(Out* __restrict__ to, int64_t row, int64_t column, int64_t rows,
+                                        int64_t columns) const {
+#pragma unroll
+    for (int i = 0; i < kPatch; ++i) {
+#pragma unroll
+      for (int j = 0; j < kPatch; ++j) {
+        const int64_t r = row + patch_row() + i, c = column + patch_column() + j;
+        if (r < rows && c < columns) {
+          const A value = static_cast<A>(flushed[i][j] + static_cast<double>(sum[i][j]));
+          to[r * columns + c] = core::from_accumulation<Out>(value);
+        }
+      }
+    }
+  }
+};
+
 // The sum of squares of the patch's elements that lie inside a (rows, columns) matrix.
 template <class A>
 __device__ __forceinline__ double patch_squares(const A (&total)[kPatch][kPatch], int64_t row, int64_t column,

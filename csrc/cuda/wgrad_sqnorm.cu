@@ -18,7 +18,6 @@ namespace ghostgrad::cuda {
 namespace {
 
 constexpr int64_t kUnits = 512;  // at most 8 MiB of float32 weight gradients in the workspace
-constexpr int64_t kSamplesPerFlush = 64;
 
 struct Shape {
   int64_t tiles, column_tiles, run_length, runs;
@@ -42,60 +41,16 @@ __global__ void __launch_bounds__(kThreads) wgrad_sqnorm_kernel(const core::Oper
   for (int64_t unit = blockIdx.x; unit < shape.tiles * shape.runs; unit += gridDim.x) {
     const int64_t tile = unit / shape.runs, run = unit % shape.runs;
     const int64_t row = tile / shape.column_tiles * kTile, column = tile % shape.column_tiles * kTile;
-    A running[kPatch][kPatch];
-    double flushed[kPatch][kPatch];
-#pragma unroll
-    for (int i = 0; i < kPatch; ++i) {
-#pragma unroll
-      for (int j = 0; j < kPatch; ++j) {
-        running[i][j] = A(0);
-        flushed[i][j] = 0.0;
-      }
-    }
+    RunningPatch<A> running;
     const int64_t first = run * shape.run_length, last = core::minimum(first + shape.run_length, o.batch);
     for (int64_t sample = first; sample < last; ++sample) {
       A total[kPatch][kPatch];
       wgrad_tile<S>(o, sample, row, column, stage, total);
-      const A weight = weights == nullptr ? A(1) : weights[sample];
-      const bool flush = (sample - first + 1) % kSamplesPerFlush == 0;
-#pragma unroll
-      for (int i = 0; i < kPatch; ++i) {
-#pragma unroll
-        for (int j = 0; j < kPatch; ++j) {
-          running[i][j] += weight * total[i][j];
-          if (flush) {
-            flushed[i][j] += static_cast<double>(running[i][j]);
-            running[i][j] = A(0);
-          }
-        }
-      }
+      running.add(total, weights == nullptr ? A(1) : weights[sample], (sample - first + 1) % kSamplesPerFlush == 0);
       const double squares = block_sum(patch_squares(total, row, column, o.out_features, o.in_features));
       if (threadIdx.x == 0) partial[sample * shape.tiles + tile] = squares;
     }
-#pragma unroll
-    for (int i = 0; i < kPatch; ++i) {
-#pragma unroll
-      for (int j = 0; j < kPatch; ++j) {
-        const int64_t r = row + patch_row() + i, c = column + patch_column() + j;
-        if (r < o.out_features && c < o.in_features) {
-          const A value = static_cast<A>(flushed[i][j] + static_cast<double>(running[i][j]));
-          wgrad[(run * o.out_features + r) * o.in_features + c] = core::from_accumulation<Out>(value);
-        }
-      }
-    }
-  }
-}
-
-// A thread owns one element of the weight gradient at a time and adds its runs in order.
-template <class S, class A = core::accumulation_t<S>>
-__global__ void __launch_bounds__(kThreads) add_runs(const A* __restrict__ run_wgrad,  // (runs, elements)
-                                                     int64_t runs, int64_t elements,
-                                                     S* __restrict__ wgrad) {  // (elements,)
-  const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t e = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; e < elements; e += threads) {
-    double sum = 0.0;
-    for (int64_t run = 0; run < runs; ++run) sum += static_cast<double>(run_wgrad[run * elements + e]);
-    wgrad[e] = core::from_accumulation<S>(static_cast<A>(sum));
+    running.store(wgrad + run * o.out_features * o.in_features, row, column, o.out_features, o.in_features);
   }
 }
 
@@ -117,9 +72,8 @@ cudaError_t run(const core::Operands& o, const void* weights, void* wgrad, void*
     }
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
     if (shape.runs > 1) {
-      add_runs<S><<<grid_for(core::ceil_div(elements, kThreads)), kThreads, 0, stream>>>(
-          run_wgrad, shape.runs, elements, static_cast<S*>(wgrad));
-      if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+      const cudaError_t error = launch_add_runs(run_wgrad, shape.runs, elements, static_cast<S*>(wgrad), stream);
+      if (error != cudaSuccess) return error;
     }
   }
   return launch_add_partials(partial, o.batch, shape.tiles, static_cast<A*>(sqnorm), stream);

@@ -14,6 +14,7 @@
 #include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "core/operands.h"
 
@@ -283,5 +284,89 @@ struct AffineOutputs {
     return ::torch::stable::new_empty(b, {wanted ? b.size(dim) : 0}, accumulation_type(dtype_of("", "", b)));
   }
 };
+
+struct CheckedConvolution {
+  Tensor x;  // (B, R, channels, *size)
+  Tensor b;  // (B, R, out_channels, *out)
+  core::Convolution convolution;
+};
+
+// What else a convolution is made of: one number for each of its dimensions, and the number of groups.
+struct ConvArguments {
+  const std::vector<int64_t>&kernel, &stride, &padding, &dilation;
+  int64_t groups;
+};
+
+// What the convolution's output has in dimension `i`. Of a transposed convolution with output padding, b may have less.
+inline int64_t output_size(const core::Convolution& o, int i) {
+  const int64_t room = o.size[i] + 2 * o.padding[i] - (o.kernel[i] - 1) * o.dilation[i] - 1;
+  return room < 0 ? 0 : room / o.stride[i] + 1;
+}
+
+inline CheckedConvolution checked_convolution(const char* op,
+                                              const Tensor& x,  // (B, R, channels, *size)
+                                              const Tensor& b,  // (B, R, out_channels, *out)
+                                              const ConvArguments& arguments) {
+  const int64_t dims = x.dim() - 3;
+  check(dims >= 1 && dims <= 3, op, ": x must be (B, R, channels, *size) with one to three dimensions of size, got ",
+        shape_of(x));
+  check(b.dim() == x.dim(), op, ": b must be (B, R, out_channels, *out) with as many dimensions as x, got ",
+        shape_of(b));
+  check(x.size(0) == b.size(0) && x.size(1) == b.size(1), op, ": x and b must agree in batch and runs, got ",
+        shape_of(x), " and ", shape_of(b));
+  check(same_device(x, b), op, ": x and b must be on the same device");
+  const core::DType dtype = dtype_of(op, "x", x);
+  check(dtype == dtype_of(op, "b", b), op, ": x and b must have the same dtype");
+  const int64_t groups = arguments.groups;
+  check(groups >= 1 && x.size(2) % groups == 0 && b.size(2) % groups == 0, op,
+        ": groups must divide the channels of x and b, got ", groups, " groups for ", shape_of(x), " and ",
+        shape_of(b));
+
+  CheckedConvolution checked{x, b, {}};
+  core::Convolution& o = checked.convolution;
+  o = core::Convolution{
+      x.const_data_ptr(), b.const_data_ptr(), dtype,     x.size(0), x.size(1), x.size(2), b.size(2), groups,
+      {1, 1, 1},          {1, 1, 1},          {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}, {},        {}};
+  for (int64_t i = 0; i < 3; ++i) {
+    o.x_strides[i] = x.stride(i);
+    o.b_strides[i] = b.stride(i);
+  }
+  struct {
+    const char* name;
+    const std::vector<int64_t>& given;
+    int64_t* to;
+    int64_t least;
+  } const lists[] = {{"kernel", arguments.kernel, o.kernel, 1},
+                     {"stride", arguments.stride, o.stride, 1},
+                     {"padding", arguments.padding, o.padding, 0},
+                     {"dilation", arguments.dilation, o.dilation, 1}};
+  for (const auto& list : lists) {
+    check(static_cast<int64_t>(list.given.size()) == dims, op, ": ", list.name, " must have ", dims, " elements, got ",
+          list.given.size());
+    for (int64_t i = 0; i < dims; ++i) {
+      const int64_t value = list.given[static_cast<size_t>(i)];
+      check(value >= list.least, op, ": ", list.name, " must be at least ", list.least, ", got ", value);
+      list.to[3 - dims + i] = value;
+    }
+  }
+  for (int64_t i = 0; i < dims; ++i) {
+    const int64_t at = 3 - dims + i;
+    o.size[at] = x.size(3 + i);
+    o.out[at] = b.size(3 + i);
+    o.x_strides[3 + at] = x.stride(3 + i);
+    o.b_strides[3 + at] = b.stride(3 + i);
+    const int64_t most = output_size(o, static_cast<int>(at));
+    check(o.out[at] <= most, op, ": dimension ", 3 + i, " of b must be at most ", most,
+          ", the convolution's output size, got ", shape_of(b));
+  }
+  return checked;
+}
+
+// The shape of the weight: (out_channels, channels / groups, *kernel).
+inline std::vector<int64_t> weight_shape(const core::Convolution& o, const ConvArguments& arguments) {
+  std::vector<int64_t> shape{o.out_channels, o.group_channels()};
+  shape.insert(shape.end(), arguments.kernel.begin(), arguments.kernel.end());
+  return shape;
+}
 
 }  // namespace ghostgrad::binding

@@ -22,10 +22,23 @@ STABLE_TORCH_LIBRARY(ghostgrad, m) {
   m.def(
       "affine_sqnorm(Tensor b, Tensor? x=None, Tensor? mean=None, Tensor? rstd=None, bool total=True) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
+  // x (B, R, c, *size), b (B, R, d, *out) -> (B,)               squared norms of a convolution's weight (d, c / groups,
+  // *kernel), from R runs of it for each sample
+  m.def(
+      "conv_sqnorm(Tensor x, Tensor b, int[] kernel, int[] stride, int[] padding, int[] dilation, "
+      "int groups) -> Tensor");
+  // x, b -> (d, c / groups, *kernel), (B,)                      the weight's gradient and these norms
+  m.def(
+      "conv_wgrad_sqnorm(Tensor x, Tensor b, int[] kernel, int[] stride, int[] padding, int[] dilation, "
+      "int groups) -> (Tensor, Tensor)");
 
   // Planned: one of the above, or a plain matrix product and one of the above, whichever core/plan.h expects to be
   // fastest. a (B, T, p), b (B, T, d) -> (B,)
   m.def("sqnorm(Tensor a, Tensor b) -> Tensor");
   // a (B, T, p), b (B, T, d) -> (d, p), (B,)
   m.def("wgrad_and_sqnorm(Tensor a, Tensor b) -> (Tensor, Tensor)");
+  // x, b -> (d, c / groups, *kernel), (B,)
+  m.def(
+      "conv_wgrad_and_sqnorm(Tensor x, Tensor b, int[] kernel, int[] stride, int[] padding, int[] dilation, "
+      "int groups) -> (Tensor, Tensor)");
 }

@@ -1,4 +1,5 @@
-// The planned ops: sqnorm and wgrad_and_sqnorm choose a formula by core/plan.h and call the op that has it.
+// The planned ops: sqnorm, wgrad_and_sqnorm and conv_wgrad_and_sqnorm choose a formula by core/plan.h and call the op
+// that has it.
 //
 // The choice is made here, below the dispatcher, and not in Python, so that under torch.compile with dynamic shapes it
 // is made when the sizes are known: no guard, no recompilation, and no second copy of the plan. One implementation
@@ -8,6 +9,7 @@
 #include <array>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "core/plan.h"
 #include "cpu/ops.h"
@@ -75,10 +77,75 @@ std::tuple<Tensor, Tensor> wgrad_and_sqnorm(const Tensor& a,    // (B, T, p)
   return {::torch::stable::matmul(::torch::stable::transpose(rows_of_b, 0, 1), rows_of_a), norm_by(chosen.norm, a, b)};
 }
 
+// Both take the same arguments. Returned by `op`: as many tensors as its schema says.
+template <size_t kResults>
+std::array<Tensor, kResults> call_conv(const char* op, const Tensor& x, const Tensor& b,
+                                       const ConvArguments& arguments) {
+  std::array<StableIValue, 7> stack{from(x),
+                                    from(b),
+                                    from(arguments.kernel),
+                                    from(arguments.stride),
+                                    from(arguments.padding),
+                                    from(arguments.dilation),
+                                    from(arguments.groups)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+  std::array<Tensor, kResults> results;
+  for (size_t i = 0; i < kResults; ++i) results[i] = to<Tensor>(stack[i]);
+  return results;
+}
+
+// The batch's weight gradient, by PyTorch.
+Tensor conv_wgrad(const Tensor& x, const Tensor& b, const ConvArguments& arguments, const core::Convolution& o) {
+  const int64_t dims = x.dim() - 3;
+  auto runs_flattened = [&](const Tensor& t) {
+    std::vector<int64_t> shape{t.size(0) * t.size(1)};
+    for (int64_t dim = 2; dim < t.dim(); ++dim) shape.push_back(t.size(dim));
+    return ::torch::stable::reshape(t, shape);
+  };
+  const Tensor weight = ::torch::stable::new_empty(x, weight_shape(o, arguments), x.scalar_type());
+  const bool wanted[3] = {false, true, false};  // of the gradients of input, weight and bias
+  const std::vector<int64_t> no_output_padding(static_cast<size_t>(dims), 0);
+  std::array<StableIValue, 11> stack{from(runs_flattened(b)),
+                                     from(runs_flattened(x)),
+                                     from(weight),
+                                     from(std::optional<std::vector<int64_t>>()),
+                                     from(arguments.stride),
+                                     from(arguments.padding),
+                                     from(arguments.dilation),
+                                     from(false),
+                                     from(no_output_padding),
+                                     from(arguments.groups),
+                                     from(::torch::headeronly::HeaderOnlyArrayRef<bool>(wanted, 3))};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  const std::array<Tensor, 3> grads{to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2])};
+  return grads[1];
+}
+
+std::tuple<Tensor, Tensor> conv_wgrad_and_sqnorm(const Tensor& x,  // (B, R, c, *size)
+                                                 const Tensor& b,  // (B, R, d, *out)
+                                                 const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
+                                                 const std::vector<int64_t>& padding,
+                                                 const std::vector<int64_t>& dilation, int64_t groups) {
+  const ConvArguments arguments{kernel, stride, padding, dilation, groups};
+  const core::Convolution o = checked_convolution("conv_wgrad_and_sqnorm", x, b, arguments).convolution;
+  const core::Plan chosen =
+      core::conv_plan(core::ConvProblem{o.batch, o.positions(), o.in_features(), o.group_outputs(), groups, o.dtype,
+                                        x.is_cuda() ? core::Machine::kCuda : cpu::machine(), /*wgrad=*/true});
+  bool whole = true;  // b is as large as the convolution's output, so PyTorch would take it
+  for (int i = 0; i < 3; ++i) whole = whole && o.out[i] == output_size(o, i);
+  if (!whole || chosen.norm == core::Norm::kFused || o.batch * o.positions() * o.elements() == 0) {
+    const auto [wgrad, sqnorm] = call_conv<2>("ghostgrad::conv_wgrad_sqnorm", x, b, arguments);
+    return {wgrad, sqnorm};  // (d, c / groups, *kernel), (B,)
+  }
+  return {conv_wgrad(x, b, arguments, o), call_conv<1>("ghostgrad::conv_sqnorm", x, b, arguments)[0]};
+}
+
 }  // namespace
 }  // namespace ghostgrad::binding
 
 STABLE_TORCH_LIBRARY_IMPL(ghostgrad, CompositeExplicitAutograd, m) {
   m.impl("sqnorm", TORCH_BOX(&ghostgrad::binding::sqnorm));
   m.impl("wgrad_and_sqnorm", TORCH_BOX(&ghostgrad::binding::wgrad_and_sqnorm));
+  m.impl("conv_wgrad_and_sqnorm", TORCH_BOX(&ghostgrad::binding::conv_wgrad_and_sqnorm));
 }

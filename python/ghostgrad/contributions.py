@@ -7,7 +7,6 @@ All arithmetic here is made of differentiable operations.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,8 @@ from .reference import accumulation_dtype
 
 __all__ = ["Affine", "Arranged", "Contribution", "Full", "Gathered", "Outer", "Patches", "Positions", "Rows", "Segments", "inner"]
 
-_CHUNK = 1 << 19  # elements of unfolded patches that are formed at a time
+
+_CHUNK = 1 << 19  # elements of a buffer that is formed for some samples at a time
 
 
 class Contribution(ABC):
@@ -329,13 +329,13 @@ class Gathered(Contribution):
 
 @dataclass
 class Patches(Contribution):
-    """The weight (d, c / groups, *kernel) of a convolution: ``g_i`` is the outer product of output gradients and input patches. Patches are formed for a few
-    samples at a time."""
+    """The weight (d, c / groups, *kernel) of a convolution: ``g_i`` is the outer product of output gradients and input patches, which are not formed."""
 
-    x: Tensor  # (B, R, c, *size), padded; R runs of the convolution belong to each sample
+    x: Tensor  # (B, R, c, *size); R runs of the convolution belong to each sample
     b: Tensor  # (B, R, d, *out)
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
+    padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
 
@@ -343,51 +343,30 @@ class Patches(Contribution):
     def batch_size(self) -> int:
         return self.x.shape[0]
 
-    def _outer(self, start: int, stop: int) -> Outer:
-        """Samples ``start`` to ``stop`` as an outer product, (B, groups, R * positions, .)."""
-        x, b = self.x[start:stop], self.b[start:stop]
-        for i, (kernel, stride, dilation) in enumerate(zip(self.kernel, self.stride, self.dilation)):
-            size = b.shape[3 + i]
-            x = x.unfold(3 + i, dilation * (kernel - 1) + 1, stride).narrow(3 + i, 0, size)[..., ::dilation]  # (B, R, c, *out, *kernel)
-        dims = len(self.kernel)
-        x = x.unflatten(2, (self.groups, -1))  # (B, R, groups, c / groups, *out, *kernel)
-        x = x.permute(0, 2, 1, *range(4, 4 + dims), 3, *range(4 + dims, 4 + 2 * dims))  # (B, groups, R, *out, c / groups, *kernel)
-        b = b.unflatten(2, (self.groups, -1)).flatten(4).permute(0, 2, 1, 4, 3)  # (B, groups, R, positions, d / groups)
-        return Outer(x.flatten(3 + dims).flatten(2, 2 + dims), b.flatten(2, 3))
-
-    def _chunks(self) -> list[tuple[int, int]]:
-        per_sample = self.b[0, :, 0].numel() * self.x.shape[2] * math.prod(self.kernel) if self.batch_size else 1
-        step = max(1, _CHUNK // max(per_sample, 1))
-        return [(start, min(start + step, self.batch_size)) for start in range(0, self.batch_size, step)]
-
-    def _shape(self) -> tuple[int, ...]:
-        return self.b.shape[2], self.x.shape[2] // self.groups, *self.kernel
+    def _arguments(self) -> tuple[Any, ...]:
+        return self.kernel, self.stride, self.padding, self.dilation, self.groups
 
     def total(self) -> Tensor:
-        x, b = self.x.flatten(0, 1), self.b.flatten(0, 1)
-        used = [d * (k - 1) + 1 + s * (n - 1) for d, k, s, n in zip(self.dilation, self.kernel, self.stride, b.shape[2:])]
-        for i, size in enumerate(used):
-            x = x.narrow(2 + i, 0, size)
-        weight, zeros = b.new_zeros(()).expand(self._shape()), [0] * len(self.kernel)
-        _, grad, _ = torch.ops.aten.convolution_backward(b, x, weight, None, self.stride, zeros, self.dilation, False, zeros, self.groups, (False, True, False))
+        x, b = self.x, ops.whole_output(self.x, self.b, *self._arguments()[:-1])
+        weight, zeros = b.new_zeros(()).expand(b.shape[2], x.shape[2] // self.groups, *self.kernel), [0] * len(self.kernel)
+        sizes = (self.stride, self.padding, self.dilation, False, zeros, self.groups)
+        _, grad, _ = torch.ops.aten.convolution_backward(b.flatten(0, 1), x.flatten(0, 1), weight, None, *sizes, (False, True, False))
         return grad
 
     def materialise(self) -> Tensor:
-        per_sample = [self._outer(start, stop).materialise().flatten(1, 2) for start, stop in self._chunks()]
-        return (torch.cat(per_sample) if per_sample else self.b.new_zeros(0)).view(self.batch_size, *self._shape())
+        return ops.per_sample_conv_wgrad(self.x, self.b, *self._arguments())
 
     def sqnorm(self) -> Tensor:
-        chunks = [self._outer(start, stop).sqnorm() for start, stop in self._chunks()]
-        return torch.cat(chunks) if chunks else self.b.new_zeros(0)
+        return ops.conv_sqnorm(self.x, self.b, *self._arguments())
 
     def total_and_sqnorm(self) -> tuple[Tensor, Tensor]:
-        if self.groups > 1 or not self.batch_size:
-            return super().total_and_sqnorm()
-        parts = [Outer(o.a[:, 0], o.b[:, 0]).total_and_sqnorm() for o in (self._outer(start, stop) for start, stop in self._chunks())]
-        return sum((total for total, _ in parts[1:]), parts[0][0]).view(self._shape()), torch.cat([sqnorm for _, sqnorm in parts])
+        return ops.conv_wgrad_and_sqnorm(self.x, self.b, *self._arguments())
 
     def form(self) -> Any:
-        return Patches, id(self)  # uses join by materialising
+        return Patches, self.x.dtype, self.x.shape[2:], self.b.shape[2:], self._arguments()
+
+    def join(self, others: Sequence[Patches]) -> Patches:
+        return replace(self, x=torch.cat([self.x, *(o.x for o in others)], 1), b=torch.cat([self.b, *(o.b for o in others)], 1))
 
 
 @dataclass

@@ -468,8 +468,7 @@ def _convolution(
         def patches() -> Patches:
             # A transposed convolution is the other one with input and output exchanged, and so is its weight's gradient.
             wide, narrow = (g, x) if transposed else (x, g)
-            wide = F.pad(wide, [side for z in reversed(zeros) for side in (z, z)]) if any(zeros) else wide
-            return Patches(_runs(wide, layout, batch_size), _runs(narrow, layout, batch_size), kernel, stride, dilation, groups)
+            return Patches(_runs(wide, layout, batch_size), _runs(narrow, layout, batch_size), kernel, stride, tuple(zeros), dilation, groups)
 
         def shift() -> Affine:
             return Affine(Positions(_runs(g, layout, batch_size).flatten(3)), False, g.shape[1:2])  # (B, R, d, positions)

@@ -11,9 +11,12 @@ Every autograd formula here is made of differentiable torch operations, so gradi
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _C
@@ -23,14 +26,20 @@ __all__ = [
     "AffineGrads",
     "Plan",
     "affine_sqnorm",
+    "conv_plan",
+    "conv_sqnorm",
+    "conv_wgrad_and_sqnorm",
+    "conv_wgrad_sqnorm",
     "embedding_sqnorm",
     "gram_sqnorm",
     "outer_sqnorm",
+    "per_sample_conv_wgrad",
     "plan",
     "row_sqnorm",
     "sqnorm",
     "wgrad_and_sqnorm",
     "wgrad_sqnorm",
+    "whole_output",
 ]
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -73,6 +82,10 @@ def _check_operands(
         raise ValueError(f"{op}: a and b must agree in batch and positions, got {_shape(a)} and {_shape(b)}")
     if a.device != b.device:
         raise ValueError(f"{op}: a and b must be on the same device, got {a.device} and {b.device}")
+    _check_same_dtype(op, "a", a, b)
+
+
+def _check_same_dtype(op: str, name: str, a: Tensor, b: Tensor) -> None:
     if a.dtype != b.dtype:
         hint = ""
         if {a.dtype, b.dtype} & {torch.float16, torch.bfloat16}:
@@ -80,7 +93,7 @@ def _check_operands(
                 ". Under autocast a layer computes in the narrow dtype while its input may still be wide: "
                 "cast the activations to the dtype of the gradients at the output"
             )
-        raise TypeError(f"{op}: a and b must have the same dtype, got {a.dtype} and {b.dtype}{hint}")
+        raise TypeError(f"{op}: {name} and b must have the same dtype, got {a.dtype} and {b.dtype}{hint}")
 
 
 # --- gradients of ||G_i||^2, shared by the ops that give it ---
@@ -589,3 +602,308 @@ def _(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 torch.library.register_autograd("ghostgrad::wgrad_and_sqnorm", _wgrad_sqnorm_backward, setup_context=_save_operands)
+
+
+# --- convolutions: what the ops share ---
+
+
+def _output_size(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """Of the convolution of ``x`` (B, R, c, *size)."""
+    return [max(0, (n + 2 * p - d * (k - 1) - 1) // s + 1) for n, k, s, p, d in zip(x.shape[3:], kernel, stride, padding, dilation)]
+
+
+def _check_convolution(
+    op: str,
+    x: Tensor,  # (B, R, c, *size)
+    b: Tensor,  # (B, R, d, *out)
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    _check_tensor(op, "x", x)
+    _check_tensor(op, "b", b)
+    if not 4 <= x.dim() <= 6:
+        raise ValueError(f"{op}: x must be (B, R, c, *size) with one to three dimensions of size, got {_shape(x)}")
+    if b.dim() != x.dim():
+        raise ValueError(f"{op}: b must be (B, R, d, *out) with as many dimensions as x, got {_shape(b)} for x of {_shape(x)}")
+    if x.shape[:2] != b.shape[:2]:
+        raise ValueError(f"{op}: x and b must agree in batch and runs, got {_shape(x)} and {_shape(b)}")
+    if x.device != b.device:
+        raise ValueError(f"{op}: x and b must be on the same device, got {x.device} and {b.device}")
+    _check_same_dtype(op, "x", x, b)
+    if groups < 1 or x.shape[2] % groups or b.shape[2] % groups:
+        raise ValueError(f"{op}: groups must divide the channels of x and b, got {groups} groups for {_shape(x)} and {_shape(b)}")
+    for name, given, least in (("kernel", kernel, 1), ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if len(given) != x.dim() - 3 or min(given) < least:
+            raise ValueError(f"{op}: {name} must be {x.dim() - 3} integers of at least {least}, got {tuple(given)}")
+    most = _output_size(x, kernel, stride, padding, dilation)
+    if any(n > m for n, m in zip(b.shape[3:], most)):
+        raise ValueError(f"{op}: b must not be larger than the convolution's output, which is {tuple(most)} here, got {_shape(b)}")
+
+
+def whole_output(
+    x: Tensor,  # (B, R, c, *size)
+    b: Tensor,  # (B, R, d, *out)
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:  # (B, R, d, *output size)
+    """``b``, with zeros up to the size of the convolution's output."""
+    most = _output_size(x, kernel, stride, padding, dilation)
+    missing = [m - n for n, m in zip(b.shape[3:], most)]
+    return F.pad(b, [side for m in reversed(missing) for side in (0, m)]) if any(missing) else b
+
+
+def _side_by_side(t: Tensor) -> Tensor:
+    """(B, R, c, ...) to (R, B * c, ...): samples become groups of one convolution, with weights of their own."""
+    return t.transpose(0, 1).flatten(1, 2)
+
+
+def per_sample_conv_wgrad(
+    x: Tensor,  # (B, R, c, *size)
+    b: Tensor,  # (B, R, d, *out)
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:  # (B, d, c / groups, *kernel)
+    """``G_i`` themselves, in the dtype of ``x``. Differentiable."""
+    B, zeros = x.shape[0], [0] * len(kernel)
+    if not B * b.numel():
+        return b.new_zeros(B, b.shape[2], x.shape[2] // groups, *kernel)
+    b = whole_output(x, b, kernel, stride, padding, dilation)
+    weight = x.new_zeros(()).expand(B * b.shape[2], x.shape[2] // groups, *kernel)
+    grads = torch.ops.aten.convolution_backward(
+        _side_by_side(b), _side_by_side(x), weight, None, stride, padding, dilation, False, zeros, B * groups, (False, True, False)
+    )
+    out: Tensor = grads[1].unflatten(0, (B, -1))
+    return out
+
+
+def _convolve_both_ways(
+    x: Tensor,  # (N, channels, *size)
+    b: Tensor,  # (N, out channels, *output size)
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    want_x: bool,
+    want_b: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of ``<weight, G>`` with respect to ``x`` and ``b``: G is bilinear in them."""
+    zeros = [0] * len(stride)
+    grad_x = grad_b = None
+    if want_x:
+        grad_x = torch.ops.aten.convolution_backward(b, x, weight, None, stride, padding, dilation, False, zeros, groups, (True, False, False))[0]
+    if want_b:
+        grad_b = torch.ops.aten.convolution(x, weight, None, stride, padding, dilation, False, zeros, groups)
+    return grad_x, grad_b
+
+
+_WEIGHTS_AT_A_TIME = 1 << 22  # elements of per-sample weights that a derivative of the norms forms at a time
+
+
+def _conv_grads(
+    x: Tensor,  # (B, R, c, *size)
+    b: Tensor,  # (B, R, d, *out)
+    u: Tensor | None,  # (d, c / groups, *kernel) cotangent of the weight gradient
+    v: Tensor | None,  # (B,) cotangent of the squared norms
+    arguments: tuple[Any, ...],
+    want_x: bool,
+    want_b: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of ``<u, sum_i G_i> + sum_i v_i ||G_i||^2``: those of ``<W_i, G_i>`` with the constant ``W_i = u + 2 v_i G_i``, which are convolutions.
+
+    With ``v``, every sample has a weight of its own; some samples are treated at a time.
+    """
+    kernel, stride, padding, dilation, groups = arguments
+    dtype = accumulation_dtype(x.dtype)
+    B, R = x.shape[:2]
+    if not b.numel() or not x.numel():
+        return (torch.zeros_like(x) if want_x else None), (torch.zeros_like(b) if want_b else None)
+    wide_x, wide_b = x.to(dtype), whole_output(x, b, kernel, stride, padding, dilation).to(dtype)
+    if v is None:
+        assert u is not None
+        weight, flat = u.to(dtype), (wide_x.flatten(0, 1), wide_b.flatten(0, 1))
+        grads = [t if t is None else t.unflatten(0, (B, R)) for t in _convolve_both_ways(*flat, weight, stride, padding, dilation, groups, want_x, want_b)]
+    else:
+        step = max(1, _WEIGHTS_AT_A_TIME // max(b.shape[2] * (x.shape[2] // groups) * math.prod(kernel), 1))
+        parts = []
+        for start in range(0, B, step):
+            part_x, part_b, part_v = (t[start : start + step] for t in (wide_x, wide_b, v))
+            weights = per_sample_conv_wgrad(part_x, part_b, *arguments)
+            weights = 2 * part_v.to(dtype).view(-1, *(1,) * (weights.dim() - 1)) * weights
+            if u is not None:
+                weights = weights + u.to(dtype)
+            n = len(part_x)
+            sides = _side_by_side(part_x), _side_by_side(part_b)
+            both = _convolve_both_ways(*sides, weights.flatten(0, 1), stride, padding, dilation, n * groups, want_x, want_b)
+            parts.append([t if t is None else t.unflatten(1, (n, -1)).transpose(0, 1) for t in both])
+        grads = [None if column[0] is None else torch.cat(column) for column in zip(*parts)]
+    grad_x, grad_b = grads
+    if grad_b is not None:
+        grad_b = grad_b[(slice(None),) * 3 + tuple(slice(0, n) for n in b.shape[3:])]
+    return None if grad_x is None else grad_x.to(x.dtype), None if grad_b is None else grad_b.to(b.dtype)
+
+
+def _save_convolution(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:2])
+    ctx.arguments = inputs[2:]
+
+
+# --- conv_sqnorm ---
+
+
+def conv_sqnorm(
+    x: Tensor,  # (B, R, c, *size)
+    b: Tensor,  # (B, R, d, *out)
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:  # (B,)
+    """Squared norms of the per-sample gradients of a convolution's weight, without patches of the image.
+
+    ``sq_i = ||G_i||_F^2`` with ``G_i[o, c, k] = sum_{r, t} b[i, r, o, t] x[i, r, c', t * stride + k * dilation - padding]``, ``c'`` being the channel c of
+    the group that o belongs to, and x zero outside of its size.
+
+    Args:
+        x: the convolution's input (B, R, c, *size) in one to three dimensions, in float32, float64, bfloat16 or float16; the convolution runs R times for
+            each sample. Strides are free: nothing is copied as a whole, channels may come last. For a transposed convolution, the gradient at its output.
+        b: the gradient at its output (B, R, d, *out), of the same dtype and device. It may end before the convolution's output does: the rest is zero.
+            For a transposed convolution, its input.
+        kernel, stride, padding, dilation: one number for each dimension of size.
+        groups: of channels.
+
+    Returns:
+        (B,), float64 for float64 and float32 otherwise. Products are accumulated in that dtype, squares in float64.
+
+    Memory: for each thread a tile and the part of an image that it sees, less than two MiB but for enormous kernels; on a CPU, where :func:`conv_plan` says
+    ``"gram"``, the patches of one sample. Cost: as the weight gradient, 2 T p d floating-point operations per sample and group with T positions, p input
+    channels times kernel elements and d output channels, or ``T^2 (p + d)``.
+    Same inputs on the same machine give the same bits, on any number of threads.
+
+    Raises:
+        ValueError: shapes, devices or arguments do not agree.
+        TypeError: the dtypes differ or are not supported.
+        RuntimeError: a CUDA tensor meets a build without CUDA.
+    """
+    _check_convolution("conv_sqnorm", x, b, kernel, stride, padding, dilation, groups)
+    return torch.ops.ghostgrad.conv_sqnorm.default(x, b, kernel, stride, padding, dilation, groups)
+
+
+@torch.library.register_fake("ghostgrad::conv_sqnorm")
+def _(x: Tensor, b: Tensor, *arguments: Any) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
+
+
+def _conv_sqnorm_backward(ctx: Any, v: Tensor | None) -> tuple[Tensor | None, ...]:
+    if v is None:
+        return (None,) * 7
+    x, b = ctx.saved_tensors
+    return *_conv_grads(x, b, None, v, ctx.arguments, *ctx.needs_input_grad[:2]), *(None,) * 5
+
+
+torch.library.register_autograd("ghostgrad::conv_sqnorm", _conv_sqnorm_backward, setup_context=_save_convolution)
+
+
+# --- conv_wgrad_sqnorm ---
+
+
+def conv_wgrad_sqnorm(
+    x: Tensor,  # (B, R, c, *size)
+    b: Tensor,  # (B, R, d, *out)
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:  # (d, c / groups, *kernel), (B,)
+    """The gradient of a convolution's weight and the squared norms of its per-sample parts, from one pass over the tiles of ``G_i``.
+
+    ``wgrad = sum_i G_i`` and ``sq_i = ||G_i||_F^2``, with ``G_i`` as in :func:`conv_sqnorm`.
+
+    Arguments and errors are those of :func:`conv_sqnorm`.
+
+    Returns:
+        The weight gradient (d, c / groups, *kernel) in the dtype of ``x``, and the squared norms (B,), float64 for float64 and float32 otherwise.
+        Products and their sum are accumulated in the latter dtype, squares in float64.
+
+    Memory: that of :func:`conv_sqnorm` and a tile of the weight gradient per thread; where the weight is too small to occupy the machine, the batch is cut
+    into runs with a weight gradient each, 16 tiles of them at most on a CPU. Cost: 2 T p d floating-point operations per sample and group, and 4 p d.
+    """
+    _check_convolution("conv_wgrad_sqnorm", x, b, kernel, stride, padding, dilation, groups)
+    return torch.ops.ghostgrad.conv_wgrad_sqnorm.default(x, b, kernel, stride, padding, dilation, groups)
+
+
+def _conv_wgrad_sqnorm_fake(x: Tensor, b: Tensor, kernel: Sequence[int], *arguments: Any) -> tuple[Tensor, Tensor]:
+    wgrad = x.new_empty(b.shape[2], x.shape[2] // arguments[-1], *kernel)
+    return wgrad, x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
+
+
+def _conv_wgrad_sqnorm_backward(ctx: Any, u: Tensor | None, v: Tensor | None) -> tuple[Tensor | None, ...]:
+    if u is None and v is None:
+        return (None,) * 7
+    x, b = ctx.saved_tensors
+    return *_conv_grads(x, b, u, v, ctx.arguments, *ctx.needs_input_grad[:2]), *(None,) * 5
+
+
+torch.library.register_fake("ghostgrad::conv_wgrad_sqnorm", _conv_wgrad_sqnorm_fake)
+torch.library.register_autograd("ghostgrad::conv_wgrad_sqnorm", _conv_wgrad_sqnorm_backward, setup_context=_save_convolution)
+
+
+# --- conv_wgrad_and_sqnorm, planned ---
+
+
+def conv_plan(
+    B: int, T: int, p: int, d: int, groups: int = 1, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", wgrad: bool = False
+) -> Plan:
+    """The formula that :func:`conv_sqnorm` (``wgrad=False``) or :func:`conv_wgrad_and_sqnorm` (``wgrad=True``) uses for these sizes.
+
+    A pure function: ``csrc/core/plan.h`` says how it decides. Gram matrices, for which patches are formed, if positions are few; never on CUDA.
+
+    Args:
+        B: samples.
+        T: positions, of all runs that belong to a sample.
+        p: input channels of a group times kernel elements.
+        d: output channels of a group.
+        groups: of channels.
+        dtype: of the operands.
+        device: where they are.
+        wgrad: whether the weight gradient is wanted, too.
+    """
+    if dtype not in _DTYPES:
+        raise TypeError(f"conv_plan: dtype must be float32, float64, bfloat16 or float16, got {dtype}")
+    if min(B, T, p, d, groups) < 0:
+        raise ValueError(f"conv_plan: sizes must not be negative, got B={B}, T={T}, p={p}, d={d}, groups={groups}")
+    return Plan(*_C.conv_plan(B, T, p, d, groups, _DTYPES[dtype], torch.device(device).type, wgrad))
+
+
+def conv_wgrad_and_sqnorm(
+    x: Tensor,  # (B, R, c, *size)
+    b: Tensor,  # (B, R, d, *out)
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:  # (d, c / groups, *kernel), (B,)
+    """The gradient of a convolution's weight and the squared norms of its per-sample parts, by :func:`conv_wgrad_sqnorm`, or by PyTorch's own weight
+    gradient and :func:`conv_sqnorm`, whichever :func:`conv_plan` expects to be faster.
+
+    Arguments, results and errors are those of :func:`conv_wgrad_sqnorm`; memory and cost are those of the formula chosen.
+    The choice is made when the op runs, so under ``torch.compile`` with dynamic shapes it adds no guards.
+    """
+    _check_convolution("conv_wgrad_and_sqnorm", x, b, kernel, stride, padding, dilation, groups)
+    return torch.ops.ghostgrad.conv_wgrad_and_sqnorm.default(x, b, kernel, stride, padding, dilation, groups)
+
+
+torch.library.register_fake("ghostgrad::conv_wgrad_and_sqnorm", _conv_wgrad_sqnorm_fake)
+torch.library.register_autograd("ghostgrad::conv_wgrad_and_sqnorm", _conv_wgrad_sqnorm_backward, setup_context=_save_convolution)

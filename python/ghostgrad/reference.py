@@ -9,10 +9,23 @@ Shapes: ``B`` samples, ``T`` positions, ``p`` input features, ``d`` output featu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["accumulation_dtype", "affine_sqnorm", "embedding_sqnorm", "gram_sqnorm", "outer_sqnorm", "row_sqnorm", "wgrad_sqnorm"]
+__all__ = [
+    "accumulation_dtype",
+    "affine_sqnorm",
+    "conv_sqnorm",
+    "conv_wgrad_sqnorm",
+    "embedding_sqnorm",
+    "gram_sqnorm",
+    "outer_sqnorm",
+    "row_sqnorm",
+    "wgrad_sqnorm",
+]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -92,3 +105,64 @@ def affine_sqnorm(
         normalised = normalised * rstd.repeat_interleave(x.shape[2] // rstd.shape[2], 2)[..., None]
     scale = (b.to(dtype) * normalised).sum((1, 3))
     return scale.sum(0) if total else none, scale.square().sum(1), *of_shift
+
+
+def _patches(
+    x: Tensor,  # (B, R, c, *size)
+    out: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:  # (B, groups, R * positions, c / groups * kernel elements)
+    """What each output position sees."""
+    dims = len(kernel)
+    x = F.pad(x, [side for pad in reversed(padding) for side in (pad, pad)])
+    for i in range(dims):
+        x = x.unfold(3 + i, dilation[i] * (kernel[i] - 1) + 1, stride[i]).narrow(3 + i, 0, out[i])[..., :: dilation[i]]  # (B, R, c, *out, *kernel)
+    x = x.unflatten(2, (groups, -1)).movedim((2, 3), (1, 3 + dims))  # (B, groups, R, *out, c / groups, *kernel)
+    return x.flatten(3 + dims).flatten(2, 2 + dims)
+
+
+def _per_sample_conv_wgrad(
+    x: Tensor,  # (B, R, c, *size)
+    b: Tensor,  # (B, R, d, *out)
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:  # (B, d, c / groups, *kernel)
+    dtype = accumulation_dtype(x.dtype)
+    patches = _patches(x.to(dtype), b.shape[3:], kernel, stride, padding, dilation, groups)
+    grads = b.to(dtype).unflatten(2, (groups, -1)).flatten(4).permute(0, 2, 3, 1, 4).flatten(3)  # (B, groups, d / groups, R * positions)
+    return (grads @ patches).reshape(x.shape[0], b.shape[2], x.shape[2] // groups, *kernel)
+
+
+def conv_sqnorm(
+    x: Tensor,  # (B, R, c, *size)
+    b: Tensor,  # (B, R, d, *out)
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:  # (B,)
+    """``sq_i = ||G_i||_F^2``, where ``G_i`` (d, c / groups, *kernel) is the weight gradient of a convolution that is run R times for each sample, on
+    ``x[i, r]`` with zeros around it; ``b[i, r]`` is the gradient at its output, or at the first part of its output."""
+    return _per_sample_conv_wgrad(x, b, kernel, stride, padding, dilation, groups).flatten(1).square().sum(1)
+
+
+def conv_wgrad_sqnorm(
+    x: Tensor,  # (B, R, c, *size)
+    b: Tensor,  # (B, R, d, *out)
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:  # (d, c / groups, *kernel), (B,)
+    """``(sum_i G_i, ||G_i||_F^2)`` with ``G_i`` as in :func:`conv_sqnorm`."""
+    per_sample = _per_sample_conv_wgrad(x, b, kernel, stride, padding, dilation, groups)
+    return per_sample.sum(0).to(x.dtype), per_sample.flatten(1).square().sum(1)

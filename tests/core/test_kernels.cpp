@@ -7,6 +7,7 @@
 #include <random>
 #include <vector>
 
+#include "convolutions.h"
 #include "cpu/ops.h"
 #include "expect.h"
 
@@ -270,6 +271,49 @@ static void test_affine(cpu::Capability capability, int64_t B, int64_t T, int64_
   }
 }
 
+template <class S>
+static void test_convolution(cpu::Capability capability, const convolutions::Case& c) {
+  using A = core::accumulation_t<S>;
+  const double epsilon = sizeof(A) == 8 ? 1e-13 : 1e-5, store_epsilon = sizeof(S) == 2 ? 1e-2 : epsilon;
+  core::Convolution o = convolutions::convolution(c, dtype_of<S>());
+  const std::vector<S> x = draw<S>(convolutions::x_elements(o), 1), b = draw<S>(convolutions::b_elements(o), 2);
+  o.x = x.data();
+  o.b = b.data();
+  const std::vector<long double> per_sample = convolutions::per_sample_wgrad<S>(o);
+  std::vector<long double> wgrad(static_cast<size_t>(o.elements())), sqnorm(static_cast<size_t>(o.batch));
+  long double scale = 0;
+  for (size_t e = 0; e < per_sample.size(); ++e) {
+    wgrad[e % wgrad.size()] += per_sample[e];
+    sqnorm[e / wgrad.size()] += per_sample[e] * per_sample[e];
+  }
+  for (long double value : wgrad) scale = std::fmax(scale, std::fabs(value));
+
+  const char* name = cpu::name_of(capability);
+  const int number = static_cast<int>(&c - convolutions::kCases);
+  std::vector<std::vector<A>> runs;
+  for (const cpu::ParallelFor& parallel : {cpu::serial(), backwards()}) {
+    std::vector<A> outer(static_cast<size_t>(o.batch), A(-1)), gram = outer, fused = outer;
+    std::vector<S> product(static_cast<size_t>(o.elements()));
+    cpu::conv_outer_sqnorm(o, outer.data(), parallel, capability);
+    cpu::conv_gram_sqnorm(o, gram.data(), parallel, capability);
+    cpu::conv_wgrad_sqnorm(o, product.data(), fused.data(), parallel, capability);
+    for (size_t i = 0; i < outer.size(); ++i) {
+      EXPECT(close(outer[i], sqnorm[i], sqnorm[i], epsilon), "%s conv outer %d", name, number);
+      EXPECT(close(gram[i], sqnorm[i], sqnorm[i] + 1e-3L, epsilon), "%s conv gram %d", name, number);
+      EXPECT(close(fused[i], sqnorm[i], sqnorm[i], epsilon), "%s conv fused %d", name, number);
+    }
+    for (size_t e = 0; e < product.size(); ++e) {
+      EXPECT(close(core::to_accumulation(product[e]), wgrad[e], scale, store_epsilon), "%s conv wgrad %d", name,
+             number);
+    }
+    outer.insert(outer.end(), gram.begin(), gram.end());
+    outer.insert(outer.end(), fused.begin(), fused.end());
+    for (const S& value : product) outer.push_back(core::to_accumulation(value));
+    runs.push_back(outer);
+  }
+  EXPECT(runs[0] == runs[1], "%s conv %d: the order of units shows", name, number);
+}
+
 int main() {
   for (cpu::Capability capability : {cpu::Capability::kPortable, cpu::Capability::kAvx2, cpu::Capability::kAvx512}) {
     if (capability > cpu::capability()) continue;  // a lesser machine, or GHOSTGRAD_CPU_CAPABILITY
@@ -277,6 +321,12 @@ int main() {
     test_embeddings<double>(capability);
     test_embeddings<core::BFloat16>(capability);
     test_embeddings<core::Float16>(capability);
+    for (const convolutions::Case& c : convolutions::kCases) {
+      test_convolution<float>(capability, c);
+      test_convolution<double>(capability, c);
+      test_convolution<core::BFloat16>(capability, c);
+      test_convolution<core::Float16>(capability, c);
+    }
     const int64_t shapes[][4] = {{0, 3, 4, 5},     {2, 0, 4, 5},   {2, 3, 0, 5},     {2, 3, 4, 0},
                                  {1, 1, 1, 1},     {2, 5, 33, 13}, {3, 17, 31, 25},  {2, 64, 48, 36},
                                  {1, 300, 20, 10}, {70, 2, 9, 7},  {1, 4, 270, 300}, {1100, 2, 2, 3}};

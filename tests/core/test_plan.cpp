@@ -17,6 +17,15 @@ static_assert(choice(2, 1024, 1024, false) == Norm::kGram);
 static_assert(choice(4096, 64, 64, false) == Norm::kOuter);
 static_assert(choice(256, 1024, 1024, true) == Norm::kFused);
 
+constexpr Norm conv_choice(int64_t T, int64_t p, int64_t d, bool wgrad, Machine machine = Machine::kCpuAvx512) {
+  return conv_plan(ConvProblem{8, T, p, d, 1, DType::kFloat32, machine, wgrad}).norm;
+}
+
+static_assert(conv_choice(1024, 144, 16, false) == Norm::kOuter && conv_choice(1024, 144, 16, true) == Norm::kFused);
+static_assert(conv_choice(16, 4608, 512, false) == Norm::kGram && conv_choice(16, 4608, 512, true) == Norm::kGram);
+static_assert(conv_choice(16, 4608, 512, false, Machine::kCuda) == Norm::kOuter);
+static_assert(conv_choice(1, 64, 64, false) == Norm::kGram && conv_choice(1, 64, 64, true) == Norm::kGram);
+
 int main() {
   // Longer T never turns an outer product into a Gram matrix.
   for (Machine machine : {Machine::kCpuPortable, Machine::kCpuAvx2, Machine::kCpuAvx512, Machine::kCuda}) {

@@ -5,6 +5,8 @@
 
 #include "../core/expect.h"
 #include "cuda/affine_sqnorm.h"
+#include "cuda/conv_sqnorm.h"
+#include "cuda/conv_wgrad_sqnorm.h"
 #include "cuda/embedding_sqnorm.h"
 #include "cuda/gram_sqnorm.h"
 #include "cuda/outer_sqnorm.h"
@@ -34,5 +36,23 @@ int main() {
   affine.channels = 2;
   const core::AffineResults results{nullptr, nullptr, memory.data(), memory.data()};
   EXPECT(cuda::launch_affine_sqnorm(affine, results, memory.data(), nullptr) != cudaSuccess);
+  core::Convolution c{memory.data(),
+                      memory.data(),
+                      core::DType::kFloat32,
+                      1,
+                      1,
+                      1,
+                      1,
+                      1,
+                      {1, 1, 3},
+                      {1, 1, 2},
+                      {1, 1, 2},
+                      {1, 1, 1},
+                      {0, 0, 0},
+                      {1, 1, 1},
+                      {3, 3, 3, 3, 3, 1},
+                      {2, 2, 2, 2, 2, 1}};
+  EXPECT(cuda::launch_conv_sqnorm(c, memory.data(), memory.data(), nullptr) != cudaSuccess);
+  EXPECT(cuda::launch_conv_wgrad_sqnorm(c, memory.data(), memory.data(), memory.data(), nullptr) != cudaSuccess);
   return failures;
 }
