@@ -450,6 +450,7 @@ def test_opcheck_of_picks(shape: tuple[int, int, int], dtype: torch.dtype, index
     torch.library.opcheck(torch.ops.ghostgrad.embedding_sqnorm.default, (index.to(index_dtype), b.requires_grad_(requires_grad)))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("total", [True, False])
 @pytest.mark.parametrize("given", ["b", "bx", "bxmr"])

@@ -68,7 +68,6 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "bag of data": lambda x: F.embedding_bag(NEXT[:, None], x, mode="sum"),
     "select_scatter": lambda x: torch.select_scatter(x, x[1], 0, 0),
     "slice_scatter": lambda x: torch.slice_scatter(x, x[2:], 0, 0, 2),
-    "repeated unevenly": lambda x: x.repeat_interleave(torch.tensor([0, 2, 1, 1]), 0),
     "convolution over samples": lambda x: F.conv1d(x.T[:, None], torch.ones(1, 1, 3), padding=1)[:, 0].T,
     "convolution without a batch": lambda x: F.conv1d(x, torch.ones(B, B, 1)),
     "transposed convolution without a batch": lambda x: F.conv_transpose1d(x, torch.ones(B, B, 1)),

@@ -10,6 +10,7 @@ not meet a parameter.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .reference import accumulation_dtype
-from .samplewise import keeps_apart
+from .samplewise import keeps_apart, tracing
 
 __all__ = [
     "ELEMENTWISE",
@@ -95,6 +96,20 @@ class Mixed:
 PLAIN = Layout(0)
 Known = Layout | Ragged
 AnyLayout = Known | Mixed
+
+
+def _numbering(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For functions that work on the numbers of rows: those have values even while a graph is traced, which is then specialised to the sizes at hand."""
+
+    @functools.wraps(function)
+    def on_values(*args: Any) -> Any:
+        if not tracing():
+            return function(*args)
+        args = tuple(int(a) if isinstance(a, torch.SymInt) else a for a in args)
+        with torch.utils._python_dispatch._disable_current_modes():
+            return function(*args)
+
+    return on_values
 
 
 def placed(dim: int, samples: Tensor, batch_size: int) -> Known:
@@ -352,6 +367,7 @@ def _argument(name: str, position: int | None, args: tuple[Any, ...], kwargs: di
     return kwargs.get(name) if name in kwargs else args[position] if position is not None and len(args) > position else None
 
 
+@_numbering
 def _picked(name: str, x: Tensor, layout: Known, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, batch_size: int) -> AnyLayout | None:
     """The layout of rows that are picked along the samples' dimension; None if the call picks along another."""
     index = _argument("repeats" if name == "repeat_interleave" else "indices" if name == "take_along_dim" else "index", _PICKS[name], args, kwargs)
@@ -367,6 +383,7 @@ def _picked(name: str, x: Tensor, layout: Known, args: tuple[Any, ...], kwargs: 
     return _located(rows[index], output.shape, batch_size) if index.dim() == x.dim() else Mixed(f"'{name}' with an index of fewer dimensions")
 
 
+@_numbering
 def _written(
     name: str, x: Tensor, layout: AnyLayout, value: tuple[Tensor, AnyLayout] | None, args: tuple[Any, ...], kwargs: dict[str, Any], batch_size: int
 ) -> AnyLayout:
@@ -487,6 +504,7 @@ def _einsum(inputs: Sequence[tuple[Tensor, Known]], args: tuple[Any, ...]) -> An
     return first.at(right.index(letter))
 
 
+@_numbering
 def _joined(
     name: str, inputs: Sequence[tuple[Tensor, Known]], args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, batch_size: int
 ) -> AnyLayout | None:
@@ -543,7 +561,14 @@ def propagate(
     batch_size: int,
 ) -> list[AnyLayout]:
     """The layouts of ``outputs = func(*args, **kwargs)``, given those of the inputs that carry samples."""
-    layouts = _propagate(func, name, inputs, args, kwargs, outputs, batch_size)
+    try:
+        layouts = _propagate(func, name, inputs, args, kwargs, outputs, batch_size)
+    except Exception:
+        if not tracing():
+            raise
+        layouts = [Mixed(f"'{name}' depends on values, and while a graph is traced there are none")] * len(outputs)
+    if tracing():
+        layouts = [Mixed(f"'{name}' picks rows") if isinstance(layout, Ragged) else layout for layout in layouts]
     if any(isinstance(layout, Mixed) for layout in layouts) and (sample := single(*(layout for _, layout in inputs))) is not None:
         # What is made of one sample alone is that sample's, wherever its rows went.
         return [Ragged(0, sample.expand(output.shape[0])) if output.dim() else Mixed("it is a number of one sample") for output in outputs]

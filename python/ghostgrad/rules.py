@@ -238,10 +238,12 @@ class Call:
                         f"ghostgrad: parameter {self.names()} meets in '{self.operation}' a tensor of shape {tuple(t.shape)} in which samples are mixed: "
                         f"{layout.reason}. A sample's gradient is then not its own; keep the samples apart, or take the parameter out of the tap."
                     )
+                way_out = "say so with gg.declare_samples(tensor, dim=..., outer=..., inner=...) or gg.declare_samples(tensor, index=...) before this use"
+                if tracing():
+                    way_out = "rows that an index picks are not followed under torch.compile; run this model uncompiled"
                 raise self.unsupported(
-                    f"in its input of shape {tuple(t.shape)} it is not known which rows belong to which of the {self.batch_size} samples "
-                    f"({layout.reason}). Say so with gg.declare_samples(tensor, dim=..., outer=..., inner=...) or gg.declare_samples(tensor, index=...) before "
-                    "this use"
+                    f"in its input of shape {tuple(t.shape)} it is not known which rows belong to which of the {self.batch_size} samples ({layout.reason}): "
+                    f"{way_out}"
                 )
             if layout != layouts[0]:
                 raise self.unsupported("its inputs carry the samples along different dimensions, or in another order")

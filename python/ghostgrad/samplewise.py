@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils import _pytree as pytree
 
 from .reference import accumulation_dtype
@@ -81,9 +82,9 @@ def static(t: Tensor) -> Tensor:
 
 @contextmanager
 def with_values(leaves: Sequence[Any]) -> Iterator[list[Any]]:
-    """The arguments of a call, as they are; while a graph is traced, with random numbers in the place of its tensors, on which torch functions then run.
+    """The arguments of a call; of a graph that is being traced, with random numbers in the place of its tensors, on which torch functions then run.
     Raises TypeError for a tensor that has no values and does not take random ones: an index, a mask."""
-    if not tracing():
+    if not any(is_fake(leaf) for leaf in leaves):
         yield list(leaves)
         return
     with torch.utils._python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction():

@@ -569,10 +569,26 @@ class Tap(TorchFunctionMode):
             rules.refuse_batch_statistics(self, func, args, kwargs)
         elif not self._pass.recomputes and any(map(self._is_tracked, tensors)):
             self._pass.recomputes = True  # a reentrant checkpoint's first run looks like this
+        blank = self._blank(args[0]) if args and writes_in_place(name) else None
         out = func(*args, **kwargs)
         if tensors and self._pass.batch_size is not None and name not in FACTORIES:
             self._follow(func, name, tensors, args, kwargs, out)
+            if blank is not None:
+                self._mark(blank, self._of_base(args[0], blank))
         return out
+
+    def _blank(self, t: Any) -> Tensor | None:
+        """What is about to be written through a view, if nothing that carries samples was written there yet."""
+        base = t._base if isinstance(t, Tensor) and t._is_view() else None
+        return None if base is None or base is t or self._is_data(base) else base
+
+    def _of_base(self, view: Tensor, base: Tensor) -> AnyLayout:
+        """Where the samples lie in a tensor after they were written into a view of it."""
+        layout = self._layout_of(view)
+        if isinstance(layout, Mixed):
+            return layout
+        there = [d for d in range(base.dim()) if (base.stride(d), base.size(d)) == (view.stride(layout.dim), view.size(layout.dim))]
+        return layout.at(there[0]) if len(there) == 1 else Mixed(f"samples were written into a view of shape {tuple(view.shape)} of a constant")
 
     def _refuse_entangled(self, losses: Any) -> None:
         """Raises if what is differentiated is not a sum over the samples."""
