@@ -244,6 +244,25 @@ def test_a_part_that_is_compiled_on_its_own() -> None:
         tap.sqnorms()
 
 
+def test_a_graph_that_breaks() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 5).double(), nn.Linear(5, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            torch._dynamo.graph_break()
+            return self.b(x.tanh())
+
+    model, (x, y) = Broken(), batch(6)
+    with gg.tap(model) as tap:
+        loss_fn(torch.compile(model, backend="aot_eager")(x), y).backward()
+    with pytest.raises(gg.UnsupportedUseError, match="'a.weight'.*fullgraph=True"):
+        tap.sqnorms()
+    both(model, model, x, y)  # nothing is left behind
+
+
 def test_more_samples_than_there_is_room_for() -> None:
     model, (x, y) = network(), batch(5000)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -1,13 +1,13 @@
 """The tap under ``torch.compile``: two calls in the compiled graph, between which the usual interception runs while the graph is differentiated.
 
-Dynamo cannot follow the interceptor, and need not: it records the user's own operations as if no tap were there. Around the forward of the tapped module,
-hooks put two functions into that graph, :func:`_begin` and :func:`_end`. They are opaque to Dynamo but ordinary Python to AOTAutograd, which runs the
-recorded graph on tensors without data to trace forward and backward together. In that run ``_begin`` opens a :class:`_TracedTap`: it sees every
-operation, attaches rules and collectors as in eager mode, and what these do in backward is compiled with everything else. Nothing of the tap is left
-to run in Python afterwards.
+Dynamo cannot follow the interceptor, and need not: it records the user's own operations as if no tap were there. While a tap is open, a stand-in for the
+forward of the tapped module puts two functions into that graph, :func:`_begin` and :func:`_end`. They are opaque to Dynamo but ordinary Python to
+AOTAutograd, which runs the recorded graph on tensors without data to trace forward and backward together. In that run ``_begin`` opens a
+:class:`_TracedTap`: it sees every operation, attaches rules and collectors as in eager mode, and what these do in backward is compiled with everything
+else. Nothing of the tap is left to run in Python afterwards.
 
 The norms leave the compiled graph the way everything leaves a backward pass: as a gradient. It is that of the *pool*, a leaf with a row for each name and
-room for so many samples, from which :class:`_Draw` takes as many columns as the batch has.
+room for so many samples, from which :class:`_Draw` takes as many columns as the batch has. The first column counts the calls that did so.
 
 What is known at compile time (a use without a rule, a gradient behind the tap's back) raises there. What is not, a parameter that is used by two compiled
 calls or outside of them as well, is found by :meth:`Regions.read_graph`, which looks at the graph of the loss before backward.
@@ -45,11 +45,12 @@ class Regions:
         self.capacity = _CAPACITY if tap._given_batch_size is None else tap._given_batch_size
         rows = len(self.names) if tap.by_param else 1
         dtype = torch.float64 if tap._wide else torch.float32
-        self.pool = torch.empty(rows, self.capacity, dtype=dtype, device=self.parameters[0].device, requires_grad=True)  # its values are never used
+        self.pool = torch.empty(rows, 1 + self.capacity, dtype=dtype, device=self.parameters[0].device, requires_grad=True)  # its values are never used
         self.pool.register_hook(self._count)
         self.batch_size: int | None = None  # of the compiled call
         self.refusal: str | None = None  # why the norms of a compiled call are not to be had
         self.backwards = 0  # that reached the pool
+        self.calls = 0  # compiled calls that the loss depends on and that know the pool
         self.covered: set[int] = set()  # ids of the parameters whose whole gradient comes from one compiled call under the tap
 
     def read_graph(self, roots: Sequence[Tensor]) -> None:
@@ -69,6 +70,7 @@ class Regions:
                     waiting.append(following)
         by_variable = {id(node.variable): nodes for node, nodes in users.items()}
         tapped = set(by_variable.get(id(self.pool), ()))
+        self.calls = len(tapped)
         for name, p in zip(self.names, self.parameters):
             nodes = by_variable.get(id(p), ())
             if tapped.intersection(nodes):
@@ -94,6 +96,13 @@ def _prepare(context: Any) -> None:
     for tap in _ACTIVE.taps:
         if tap._pass.regions is None and tap._entry is not None:
             tap._pass.regions = Regions(tap)
+
+
+def _arm(context: Any) -> None:
+    """Runs while Dynamo traces: both calls are there, so if they are in one graph, the first is to work. After a graph break they are not."""
+    for node in context.graph().nodes:
+        if node.target is _begin:
+            node.args = (*node.args[:-1], True)
 
 
 def _tap_of(module: nn.Module) -> Tap | None:
@@ -135,7 +144,16 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     regions.batch_size = size
     data = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim() > dim and leaf.shape[dim] == size]
     marked = _begin(
-        regions.pool, [leaves[i] for i in data], regions.parameters, regions.constants, regions.names, tap.by_param, tap._want_grad, dim, tap.expand_limit
+        regions.pool,
+        [leaves[i] for i in data],
+        regions.parameters,
+        regions.constants,
+        regions.names,
+        tap.by_param,
+        tap._want_grad,
+        dim,
+        tap.expand_limit,
+        False,
     )
     for i, t in zip(data, marked):
         leaves[i] = t
@@ -144,6 +162,7 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     for i, t in zip(tensors, _end([leaves[i] for i in tensors])):
         leaves[i] = t
+    torch._dynamo.comptime.comptime(_arm)
     return pytree.tree_unflatten(leaves, spec)
 
 
@@ -161,9 +180,12 @@ def _begin(
     want_grad: bool,
     batch_dim: int,
     expand_limit: int,
+    armed: bool,
 ) -> list[Tensor]:
     """Opens the tap of the trace. Returns the inputs: the graph has to need this call."""
     inputs = [t.view_as(t) for t in inputs]
+    if not armed:
+        return inputs
     if tracing():
         options = {"by_param": by_param, "want_grad": want_grad, "batch_dim": batch_dim, "expand_limit": expand_limit, "constants": constants}
         _TracedTap(dict(zip(names, parameters)), pool, inputs, options).open()
@@ -188,13 +210,13 @@ class _Draw(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, pool: Tensor, batch_size: int) -> tuple[Tensor, ...]:
-        ctx.capacity = pool.shape[1]
+        ctx.columns = pool.shape[1]
         return tuple(pool.new_zeros(batch_size) for _ in range(pool.shape[0]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         rows = torch.stack(grads)
-        return F.pad(rows, (0, ctx.capacity - rows.shape[1])), None
+        return F.pad(torch.cat([torch.ones_like(rows[:, :1]), rows], 1), (0, ctx.columns - 1 - rows.shape[1])), None
 
 
 class _TracedTap(Tap):

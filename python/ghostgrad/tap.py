@@ -932,9 +932,9 @@ class Tap(TorchFunctionMode):
     def _bypassed(self) -> UnsupportedUseError:
         return UnsupportedUseError(
             f"ghostgrad: parameter {', '.join(map(repr, sorted(self._pass.bypassed)))} received a gradient that did not pass through the tap: from a custom "
-            "autograd.Function, an extension's kernel, a part of the model that was compiled on its own (compile the module that is tapped), a forward that "
-            "was recomputed (checkpointed) outside the tap, or a function of the parameter computed before the block or before the model was called. Write "
-            "that use with torch functions inside the block, or take the parameter out of the tap (gg.tap(model, params=...))."
+            "autograd.Function, an extension's kernel, a part of the model that was compiled on its own (compile the module that is tapped, in one graph: "
+            "fullgraph=True), a forward that was recomputed (checkpointed) outside the tap, or a function of the parameter computed before the block or before "
+            "the model was called. Write that use with torch functions inside the block, or take the parameter out of the tap (gg.tap(model, params=...))."
         )
 
     def _read(self, grads: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
@@ -953,14 +953,16 @@ class Tap(TorchFunctionMode):
             raise TapStateError("ghostgrad: there are no norms yet: loss.backward() has to run inside the tap's block, and the loss to use a tapped parameter")
         batch_size = self.batch_size or 0
         scale = batch_size**2 if self.reduction == "mean" else 1
-        pooled = grads.get(_POOL)  # (K, at least B)
+        pooled = grads.get(_POOL)  # (K, 1 + at least B)
+        if pooled is not None and pooled[0, 0] != now.regions.calls:
+            raise TapStateError("ghostgrad: a compiled call of the tapped module was split by a graph break, so its norms are incomplete; use fullgraph=True")
         parameters = [p for _, p in self._names.values()]
         norms = {}
         for row, (key, p) in enumerate(zip([name for name, _ in self._names.values()], parameters) if self.by_param else [("", parameters[0])]):
             dtype = accumulation_dtype(p.dtype) if self.by_param or not self._wide else torch.float64
             norm = grads.get(key)
             if pooled is not None:
-                part = pooled[row, :batch_size].to(p.device, dtype)
+                part = pooled[row, 1 : 1 + batch_size].to(p.device, dtype)
                 norm = part if norm is None else norm + part
             norms[key] = torch.zeros(batch_size, dtype=dtype, device=p.device) if norm is None else norm * scale
         return norms
