@@ -67,6 +67,14 @@ def _check_device(op: str, name: str, device: torch.device) -> None:
         )
 
 
+def _run(op: Any, *arguments: Any) -> Any:
+    """Calls an op; where nothing is recorded, below the Python that records for custom ops, which takes longer than a small kernel."""
+    if torch.is_grad_enabled():
+        return op(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
 def _check_operands(
     op: str,
     a: Tensor,  # (B, T, p)
@@ -173,7 +181,7 @@ def outer_sqnorm(
         RuntimeError: a CUDA tensor meets a build without CUDA.
     """
     _check_operands("outer_sqnorm", a, b)
-    return torch.ops.ghostgrad.outer_sqnorm.default(a, b)
+    return _run(torch.ops.ghostgrad.outer_sqnorm.default, a, b)
 
 
 torch.library.register_fake("ghostgrad::outer_sqnorm", _sqnorm_fake)
@@ -207,7 +215,7 @@ def gram_sqnorm(
         RuntimeError: a CUDA tensor meets a build without CUDA.
     """
     _check_operands("gram_sqnorm", a, b)
-    return torch.ops.ghostgrad.gram_sqnorm.default(a, b)
+    return _run(torch.ops.ghostgrad.gram_sqnorm.default, a, b)
 
 
 torch.library.register_fake("ghostgrad::gram_sqnorm", _sqnorm_fake)
@@ -251,7 +259,7 @@ def wgrad_sqnorm(
         if weights.device != a.device:
             raise ValueError(f"wgrad_sqnorm: weights must be on the device of a, got {weights.device} and {a.device}")
         weights = weights.to(accumulation_dtype(a.dtype))
-    return torch.ops.ghostgrad.wgrad_sqnorm.default(a, b, weights)
+    return _run(torch.ops.ghostgrad.wgrad_sqnorm.default, a, b, weights)
 
 
 @torch.library.register_fake("ghostgrad::wgrad_sqnorm")
@@ -314,7 +322,7 @@ def row_sqnorm(
     _check_tensor("row_sqnorm", "x", x)
     if x.dim() < 1:
         raise ValueError("row_sqnorm: x must have a batch dimension, got a scalar")
-    return torch.ops.ghostgrad.row_sqnorm.default(x)
+    return _run(torch.ops.ghostgrad.row_sqnorm.default, x)
 
 
 @torch.library.register_fake("ghostgrad::row_sqnorm")
@@ -371,7 +379,7 @@ def embedding_sqnorm(
         raise ValueError(f"embedding_sqnorm: index and b must agree in batch and positions, got {_shape(index)} and {_shape(b)}")
     if index.device != b.device:
         raise ValueError(f"embedding_sqnorm: index and b must be on the same device, got {index.device} and {b.device}")
-    return torch.ops.ghostgrad.embedding_sqnorm.default(index, b)
+    return _run(torch.ops.ghostgrad.embedding_sqnorm.default, index, b)
 
 
 @torch.library.register_fake("ghostgrad::embedding_sqnorm")
@@ -468,7 +476,7 @@ def affine_sqnorm(
     for name, other in (("x", x), ("mean", mean), ("rstd", rstd)):
         if other is not None and other.device != b.device:
             raise ValueError(f"{op}: b and {name} must be on the same device, got {b.device} and {other.device}")
-    return AffineGrads(*torch.ops.ghostgrad.affine_sqnorm.default(b, x, mean, rstd, total))
+    return AffineGrads(*_run(torch.ops.ghostgrad.affine_sqnorm.default, b, x, mean, rstd, total))
 
 
 @torch.library.register_fake("ghostgrad::affine_sqnorm")
@@ -574,7 +582,7 @@ def sqnorm(
     The choice is made when the op runs, so under ``torch.compile`` with dynamic shapes it adds no guards.
     """
     _check_operands("sqnorm", a, b)
-    return torch.ops.ghostgrad.sqnorm.default(a, b)
+    return _run(torch.ops.ghostgrad.sqnorm.default, a, b)
 
 
 torch.library.register_fake("ghostgrad::sqnorm", _sqnorm_fake)
@@ -593,7 +601,7 @@ def wgrad_and_sqnorm(
     The choice is made when the op runs, so under ``torch.compile`` with dynamic shapes it adds no guards.
     """
     _check_operands("wgrad_and_sqnorm", a, b)
-    return torch.ops.ghostgrad.wgrad_and_sqnorm.default(a, b)
+    return _run(torch.ops.ghostgrad.wgrad_and_sqnorm.default, a, b)
 
 
 @torch.library.register_fake("ghostgrad::wgrad_and_sqnorm")
@@ -796,7 +804,7 @@ def conv_sqnorm(
         RuntimeError: a CUDA tensor meets a build without CUDA.
     """
     _check_convolution("conv_sqnorm", x, b, kernel, stride, padding, dilation, groups)
-    return torch.ops.ghostgrad.conv_sqnorm.default(x, b, kernel, stride, padding, dilation, groups)
+    return _run(torch.ops.ghostgrad.conv_sqnorm.default, x, b, kernel, stride, padding, dilation, groups)
 
 
 @torch.library.register_fake("ghostgrad::conv_sqnorm")
@@ -840,7 +848,7 @@ def conv_wgrad_sqnorm(
     into runs with a weight gradient each, 16 tiles of them at most on a CPU. Cost: 2 T p d floating-point operations per sample and group, and 4 p d.
     """
     _check_convolution("conv_wgrad_sqnorm", x, b, kernel, stride, padding, dilation, groups)
-    return torch.ops.ghostgrad.conv_wgrad_sqnorm.default(x, b, kernel, stride, padding, dilation, groups)
+    return _run(torch.ops.ghostgrad.conv_wgrad_sqnorm.default, x, b, kernel, stride, padding, dilation, groups)
 
 
 def _conv_wgrad_sqnorm_fake(x: Tensor, b: Tensor, kernel: Sequence[int], *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -902,7 +910,7 @@ def conv_wgrad_and_sqnorm(
     The choice is made when the op runs, so under ``torch.compile`` with dynamic shapes it adds no guards.
     """
     _check_convolution("conv_wgrad_and_sqnorm", x, b, kernel, stride, padding, dilation, groups)
-    return torch.ops.ghostgrad.conv_wgrad_and_sqnorm.default(x, b, kernel, stride, padding, dilation, groups)
+    return _run(torch.ops.ghostgrad.conv_wgrad_and_sqnorm.default, x, b, kernel, stride, padding, dilation, groups)
 
 
 torch.library.register_fake("ghostgrad::conv_wgrad_and_sqnorm", _conv_wgrad_sqnorm_fake)
