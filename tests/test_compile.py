@@ -185,7 +185,7 @@ def test_the_model_is_as_it_was() -> None:
 def test_a_parameter_used_inside_and_outside() -> None:
     model, (x, y) = network(), batch(6)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with pytest.raises(gg.UnsupportedUseError, match="0.weight.*outside of it"), gg.tap(model):
+    with pytest.raises(gg.UnsupportedUseError, match="0.weight.*outside of"), gg.tap(model):
         (loss_fn(compiled(x), y) + model[0].weight.square().sum()).backward()
     with pytest.raises(gg.UnsupportedUseError, match="second call"), gg.tap(model):
         (loss_fn(compiled(x), y) + loss_fn(compiled(x + 1), y)).backward()
@@ -203,6 +203,21 @@ def test_a_term_of_the_whole_batch_in_the_graph() -> None:
     with gg.tap(model) as tap:  # and nothing is left behind
         loss_fn(model(x), y).backward()
     torch.testing.assert_close(tap.sqnorms(), gg.sqnorms(model, loss_fn, x, y))
+
+
+def test_a_loss_that_mixes_samples() -> None:
+    model, x = network(), batch(6)[0]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with pytest.raises(gg.BatchCouplingError, match="no sum over the samples"), gg.tap(model):
+        out = compiled(x)
+        (out @ out.T).softmax(-1).diagonal().log().mean().backward()
+
+
+def test_a_use_after_the_call() -> None:
+    model, x = network(), batch(6)[0]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with pytest.raises(gg.UnsupportedUseError, match="'3.weight' is used in '.*' outside of the compiled call"), gg.tap(model):
+        compiled(x) @ model[3].weight
 
 
 def test_batch_statistics() -> None:

@@ -558,6 +558,8 @@ class Tap(TorchFunctionMode):
             if args and self._pass.armed:
                 self._refuse_entangled(args[0])
             return self._backward(func, args, kwargs)
+        if self._pass.batch_size is None and self._pass.compiled:  # a compiled call has told
+            self._pass.batch_size, self._pass.seen_input = self._pass.regions.batch_size, True
         tensors = _tensors(args, kwargs)
         if torch._C._are_functorch_transforms_active() and any(_requires_grad(t) for t in tensors):
             raise self._transformed(name, tensors)
@@ -654,6 +656,11 @@ class Tap(TorchFunctionMode):
             return out
         if self._pass.batch_size is None:
             raise self._no_batch_size(parameters[0])
+        if self._pass.compiled:
+            raise UnsupportedUseError(
+                f"ghostgrad: parameter {self._name_of(parameters[0])!r} is used in '{name}' outside of the compiled call, and where the samples lie in what such "
+                "a call returns is not known. Compile a module or function that holds this use as well."
+            )
         rules.refuse_batch_statistics(self, func, args, kwargs)
         rule = rules.rule_for(func) or rules.reference_call
         for parameter in parameters:
