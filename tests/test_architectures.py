@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 import ghostgrad as gg
@@ -145,3 +146,28 @@ def test_masked_tokens_of_a_language_model() -> None:
     labels = torch.where(torch.rand(B, T) < 0.5, ids(), -1)
     labels[:, 0] = 1
     assert gg.check(Masked(), lambda losses, _: losses.mean(), {"input_ids": ids(), "labels": labels}, torch.zeros(B))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("build", [gpt2, llama, t5, vit, swin, convnext, wav2vec2], ids=lambda build: build.__name__)
+def test_compiled_in_one_graph(build: Callable[[], tuple[nn.Module, dict[str, Tensor]]]) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, inputs = build()
+    model, target = model.eval().double(), torch.randn(B, dtype=torch.float64)
+    inputs = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+    expected = gg.sqnorms(model, loss_fn, inputs, target, by_param=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with gg.tap(model, by_param=True) as tap:
+        loss_fn(compiled(**inputs), target).backward()
+    assert not any(tap.uses().values()), "the tap saw uses outside of the graph"
+    torch.testing.assert_close(tap.sqnorms(by_param=True), expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_padding_mask_in_a_compiled_graph_is_refused() -> None:
+    """The model picks elements of the mask by an index."""
+    torch._dynamo.reset()
+    model, inputs = bert()
+    with pytest.raises(gg.UnsupportedUseError, match="run this model uncompiled"), gg.tap(model.eval()):
+        torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs)

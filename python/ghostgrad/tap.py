@@ -558,8 +558,11 @@ class Tap(TorchFunctionMode):
             if args and self._pass.armed:
                 self._refuse_entangled(args[0])
             return self._backward(func, args, kwargs)
-        if self._pass.batch_size is None and self._pass.compiled:  # a compiled call has told
-            self._pass.batch_size, self._pass.seen_input = self._pass.regions.batch_size, True
+        if self._pass.compiled:
+            if isinstance(func, torch._ops.OpOverload) and not torch.is_grad_enabled():  # the inside of a graph that a backend runs op by op
+                return func(*args, **kwargs)
+            if self._pass.batch_size is None:
+                self._pass.batch_size, self._pass.seen_input = self._pass.regions.batch_size, True
         tensors = _tensors(args, kwargs)
         if torch._C._are_functorch_transforms_active() and any(_requires_grad(t) for t in tensors):
             raise self._transformed(name, tensors)
@@ -658,8 +661,8 @@ class Tap(TorchFunctionMode):
             raise self._no_batch_size(parameters[0])
         if self._pass.compiled:
             raise UnsupportedUseError(
-                f"ghostgrad: parameter {self._name_of(parameters[0])!r} is used in '{name}' outside of the compiled call, and where the samples lie in what such "
-                "a call returns is not known. Compile a module or function that holds this use as well."
+                f"ghostgrad: parameter {self._name_of(parameters[0])!r} is used in '{name}' outside of the compiled call, and where the samples lie in what "
+                "such a call returns is not known. Compile a module or function that holds this use as well."
             )
         rules.refuse_batch_statistics(self, func, args, kwargs)
         rule = rules.rule_for(func) or rules.reference_call
