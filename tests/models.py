@@ -556,6 +556,7 @@ CASES = [
     Case("slice used twice", lambda: Lambda(lambda m, x: torch.tanh(torch.tanh(x @ m.w[:D]) @ m.w[:D]), w=(D + 2, D)), sequence()),
     Case("reshaped parameter", lambda: Lambda(lambda m, x: torch.tanh(x @ m.w.view(D, 5)), w=(D * 5,)), sequence()),
     Case("weight norm", _weight_norm, flat(), True),
+    Case("spectral norm", lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(D, 5)), nn.Tanh(), nn.Linear(5, 2)).eval(), sequence(), True),
     Case("orthogonal", _orthogonal, flat(), True),
     Case("product of parameters", lambda: Lambda(lambda m, x: torch.tanh(F.linear(x, m.u @ m.v)), u=(5, 2), v=(2, D)), sequence(), True),
     Case("lora", lambda: Lambda(lambda m, x: F.linear(x, m.w) + (x @ m.u.T) @ m.v.T, w=(5, D), u=(2, D), v=(5, 2)), sequence()),
