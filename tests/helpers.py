@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -50,3 +54,30 @@ def build(case: Case, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, tu
                 p.add_(torch.randn_like(p) * 0.3)  # norm layers start at one and zero
     inputs = tuple(t.to(dtype) if t.is_floating_point() else t for t in inputs)
     return model.to(dtype), inputs, torch.randn(len(inputs[0])).to(dtype)
+
+
+needs_peak_memory = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to measure peak memory")
+
+_PEAK = """
+import ctypes
+
+import torch
+
+def status(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key)) / 1024
+
+def peak(step):
+    ctypes.CDLL(None).malloc_trim(0)  # memory that is free but still resident would hide what the step takes
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # resets the system's high-water mark of resident memory
+    before = status("VmRSS")
+    kept = step()
+    return status("VmHWM") - before
+"""
+
+
+def in_own_process(code: str, **environment: str) -> float:
+    """The number that the code prints last, run in a process of its own; ``peak(step)`` there is what a call takes at most, in MiB."""
+    done = subprocess.run([sys.executable, "-c", _PEAK + code], check=True, capture_output=True, text=True, env=os.environ | environment)
+    return float(done.stdout.splitlines()[-1])

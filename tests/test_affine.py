@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +11,7 @@ from torch import Tensor, nn
 
 import ghostgrad as gg
 import test_tap
-from helpers import build, loss_fn
+from helpers import build, in_own_process, loss_fn, needs_peak_memory
 from models import B, Case, D, Lambda, T, image, sequence
 
 LAYERS: list[tuple[str, Callable[[], nn.Module], Callable[[], Tensor]]] = [
@@ -204,7 +201,7 @@ def test_nothing_lives_longer_than_the_step() -> None:
             test_tap.gc.enable()
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to measure peak memory")
+@needs_peak_memory
 @pytest.mark.parametrize("layer", ["nn.LayerNorm(4096)", "nn.GroupNorm(4, 4096)", "nn.Linear(8, 4096)", "nn.Conv1d(8, 4096, 1)"])
 def test_no_buffer_of_batch_by_channels(layer: str) -> None:
     """A step with norms takes less memory beyond the plain step's than a quarter of one gradient per sample, 64 MiB in float32 here.
@@ -213,15 +210,9 @@ def test_no_buffer_of_batch_by_channels(layer: str) -> None:
     """
     shape = {"nn.LayerNorm(4096)": "4096, 4096", "nn.GroupNorm(4, 4096)": "4096, 4096", "nn.Linear(8, 4096)": "4096, 8", "nn.Conv1d(8, 4096, 1)": "4096, 8, 1"}
     code = f"""
-import ctypes
-
 import torch
 from torch import nn
 import ghostgrad as gg
-
-def status(key):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(key)) / 1024
 
 torch.set_num_threads(1)
 model, x, grad = {layer}, torch.randn({shape[layer]}, requires_grad=True), torch.randn({"4096, 4096, 1" if "Conv" in layer else "4096, 4096"})
@@ -239,13 +230,9 @@ for step in (plain, tapped):
     for rows in (2, None):
         x.grad = None
         model.zero_grad()
-        ctypes.CDLL(None).malloc_trim(0)
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-        before = status("VmRSS")
-        step(x if rows is None else x[:rows])
-    peaks.append(status("VmHWM") - before)
+        needed = peak(lambda: step(x if rows is None else x[:rows]))
+    peaks.append(needed)
 print(peaks[1] - peaks[0])
 """
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)})
-    assert float(done.stdout) < 16, f"{float(done.stdout):.1f} MiB more than the plain step"
+    extra = in_own_process(code, MALLOC_MMAP_THRESHOLD_=str(1 << 20))
+    assert extra < 16, f"{extra:.1f} MiB more than the plain step"

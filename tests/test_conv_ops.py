@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 import ghostgrad as gg
 from ghostgrad import ops, reference
 from ghostgrad.reference import accumulation_dtype
-from helpers import loop_sqnorms, loss_fn
+from helpers import in_own_process, loop_sqnorms, loss_fn, needs_peak_memory
 from test_ops import DEVICES, DTYPES, assert_honest, draw
 
 OPS = ["conv_sqnorm", "conv_wgrad_sqnorm", "conv_wgrad_and_sqnorm"]
@@ -426,20 +426,14 @@ def test_lesser_instruction_sets_agree(capability: str) -> None:
 # --- memory ---
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to measure peak memory")
+@needs_peak_memory
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("size", "channels"), [((64, 64), 64), ((7, 7), 512)], ids=["many positions", "many channels"])
 def test_no_patches_and_no_per_sample_gradients(op: str, size: Sequence[int], channels: int) -> None:
-    # In a process of its own, as in test_ops.py. Patches of the batch would take 576 or 55 MiB, per-sample gradients 9 or 576 MiB.
+    # Patches of the batch would take 576 or 55 MiB, per-sample gradients 9 or 576 MiB.
     code = f"""
-import ctypes
-
 import torch
 from ghostgrad import ops
-
-def status(key):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(key)) / 1024
 
 torch.set_num_threads(2)
 x, b = (torch.randn(64, 1, {channels}, *{tuple(size)}) for _ in range(2))
@@ -447,40 +441,19 @@ arguments = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
 first = ops.{op}(x[:2, :, :8], b[:2, :, :8], *arguments)
 weight = torch.randn({channels}, {channels}, 3, 3)
 torch.ops.aten.convolution_backward(b[:2, 0], x[:2, 0], weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, (False, True, False))
-ctypes.CDLL(None).malloc_trim(0)
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")
-before = status("VmRSS")
-result = ops.{op}(x, b, *arguments)
-print(status("VmHWM") - before)
+print(peak(lambda: ops.{op}(x, b, *arguments)))
 """
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    extra, weight = float(done.stdout.splitlines()[-1]), channels * channels * 9 * 4 / 2**20
+    extra, weight = in_own_process(code), channels * channels * 9 * 4 / 2**20
     assert extra < 2 * weight + 12, f"{extra:.1f} MiB beside the operands, on two threads"
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to measure peak memory")
+@needs_peak_memory
 def test_a_step_with_norms_needs_little_more_memory_than_a_plain_one() -> None:
     # Patches of the batch would take 144 MiB in the last layer, its per-sample gradients 9 MiB.
     code = """
-import ctypes
-
 import ghostgrad as gg
 import torch
 from torch import nn
-
-def status(key):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(key)) / 1024
-
-def peak(step):
-    model.zero_grad()
-    ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    before = status("VmRSS")
-    step()
-    return status("VmHWM") - before
 
 def plain():
     model(x).square().mean().backward()
@@ -495,12 +468,15 @@ layers = [nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, paddin
 model, x = nn.Sequential(*layers), torch.randn(64, 3, 32, 32)
 plain()
 tapped()
-pairs = [(peak(tapped), peak(plain)) for _ in range(5)]
+def of(step):
+    model.zero_grad()
+    return peak(step)
+
+pairs = [(of(tapped), of(plain)) for _ in range(5)]
 print(min(tapped for tapped, _ in pairs) - min(plain for _, plain in pairs))
 """
-    returned = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}  # freed memory goes back at once, so that peaks are of what is in use
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=os.environ | returned)
-    extra = float(done.stdout.splitlines()[-1])
+    # Freed memory goes back at once, so that peaks are of what is in use.
+    extra = in_own_process(code, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0")
     assert extra < 4, f"{extra:.1f} MiB more than a plain step"
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ghostgrad import _C, ops, reference
 from ghostgrad.reference import accumulation_dtype
+from helpers import in_own_process, needs_peak_memory
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() and _C.with_cuda else ["cpu"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -720,58 +721,35 @@ def test_lesser_instruction_sets_agree(capability: str) -> None:
 # --- memory ---
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to measure peak memory")
+@needs_peak_memory
 def test_wgrad_sqnorm_needs_few_megabytes() -> None:
-    # In a process of its own. The system's high-water mark of resident memory is reset after everything else is in place: what it shows then is the op.
     code = """
-import ctypes
-
 import torch
 from ghostgrad import ops
-
-def status(key):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(key)) / 1024
 
 torch.set_num_threads(2)
 a, b = torch.randn(64, 256, 1024), torch.randn(64, 256, 1024)
 ops.wgrad_sqnorm(a[:2, :2, :8], b[:2, :2, :8])
-ctypes.CDLL(None).malloc_trim(0)  # memory that is free but still resident would hide what the op takes
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")
-before = status("VmRSS")
-wgrad, sqnorm = ops.wgrad_sqnorm(a, b)
-print(status("VmHWM") - before - wgrad.numel() * wgrad.element_size() / 2**20)
+print(peak(lambda: ops.wgrad_sqnorm(a, b)) - 1024 * 1024 * 4 / 2**20)
 """
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert float(done.stdout) < 2 * 4, f"{float(done.stdout):.1f} MiB beside inputs and outputs, on two threads"
+    extra = in_own_process(code)
+    assert extra < 2 * 4, f"{extra:.1f} MiB beside inputs and outputs, on two threads"
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to measure peak memory")
+@needs_peak_memory
 def test_affine_sqnorm_makes_no_buffer_of_batch_by_channels() -> None:
     # B d is 128 MiB here, in one position; totals of 16 runs of samples are 2 MiB in float64, for scale and shift each.
     code = """
-import ctypes
-
 import torch
 from ghostgrad import ops
-
-def status(key):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(key)) / 1024
 
 torch.set_num_threads(2)
 b, x, mean = torch.randn(2048, 1, 16384, 1), torch.randn(2048, 1, 16384, 1), torch.randn(2048, 1, 1)
 ops.affine_sqnorm(b[:2, :, :8], x[:2, :, :8], mean[:2])
-ctypes.CDLL(None).malloc_trim(0)
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")
-before = status("VmRSS")
-ops.affine_sqnorm(b, x, mean)
-print(status("VmHWM") - before)
+print(peak(lambda: ops.affine_sqnorm(b, x, mean)))
 """
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert float(done.stdout) < 8, f"{float(done.stdout):.1f} MiB beside inputs, on two threads"
+    extra = in_own_process(code)
+    assert extra < 8, f"{extra:.1f} MiB beside inputs, on two threads"
 
 
 # --- errors ---
