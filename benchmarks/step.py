@@ -1,6 +1,6 @@
 """What the norms cost: a training step inside a tap over the plain one, in interleaved pairs.
 
-    python benchmarks/step.py [--pairs 15] [--threads 1] [--out results.json]
+    python benchmarks/step.py [--pairs 15] [--threads 1] [--compile] [--out results.json]
 
 Each problem runs in a fresh process with glibc told to keep freed memory, so that page faults do not decide the ratio. Per problem it gives the median
 over the pairs of (step with norms / plain step run just before it), the same for norms alone (no weight gradients), and for the plain step against itself:
@@ -78,9 +78,11 @@ def wide() -> Problem:
 PROBLEMS = {f.__name__: f for f in (tiny, mlp, cnn, block, wide)}
 
 
-def measure(name: str, pairs: int) -> dict[str, float]:
+def measure(name: str, pairs: int, compiled: bool) -> dict[str, float]:
     torch.manual_seed(0)
     model, x, y, loss_fn = PROBLEMS[name]()
+    if compiled:
+        model = torch.compile(model, fullgraph=True)
 
     def plain() -> None:
         model.zero_grad()
@@ -117,17 +119,26 @@ def main() -> None:
     parser.add_argument("problems", nargs="*", default=list(PROBLEMS), help=f"of {', '.join(PROBLEMS)}")
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="the model in both steps by torch.compile, in one graph")
     parser.add_argument("--out", type=Path, help="write the results there as JSON")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.child:
-        print(json.dumps(measure(arguments.problems[0], arguments.pairs)))
+        print(json.dumps(measure(arguments.problems[0], arguments.pairs, arguments.compile)))
         return
     rows = {}
     print(f"{'problem':8} {'plain ms':>9} {'null':>6} {'tap':>6} {'norms alone':>12}")
     for name in arguments.problems:
-        command = [sys.executable, __file__, name, "--child", f"--pairs={arguments.pairs}", f"--threads={arguments.threads}"]
+        command = [
+            sys.executable,
+            __file__,
+            name,
+            "--child",
+            f"--pairs={arguments.pairs}",
+            f"--threads={arguments.threads}",
+            *["--compile"] * arguments.compile,
+        ]
         out = subprocess.run(command, env=os.environ | KEEP_MEMORY, check=True, capture_output=True, text=True).stdout
         row = rows[name] = json.loads(out.splitlines()[-1])
         print(f"{name:8} {row['plain_ms']:9.2f} {row['null']:6.2f} {row['tap']:6.2f} {row['norms_alone']:12.2f}")
@@ -137,7 +148,8 @@ def main() -> None:
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "torch": torch.__version__,
         }
-        arguments.out.write_text(json.dumps({**machine, "threads": arguments.threads, "pairs": arguments.pairs, "rows": rows}, indent=1) + "\n")
+        settings = {"threads": arguments.threads, "pairs": arguments.pairs, "compiled": arguments.compile}
+        arguments.out.write_text(json.dumps({**machine, **settings, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
