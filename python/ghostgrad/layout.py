@@ -573,7 +573,7 @@ def propagate(
         # What is made of one sample alone is that sample's, wherever its rows went.
         return [Ragged(0, sample.expand(output.shape[0])) if output.dim() else Mixed("it is a number of one sample") for output in outputs]
     return [
-        replace(layout, gradient=_gradient(name, inputs, args), reason=layout.reason)
+        replace(layout, gradient=_gradient(name, inputs, args))
         if isinstance(layout, Mixed) and layout.coupled and layout.gradient != "entangled" and output.requires_grad
         else layout
         for output, layout in zip(outputs, layouts)

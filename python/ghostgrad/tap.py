@@ -978,7 +978,7 @@ class Tap(TorchFunctionMode):
         return norms
 
     def uses(self) -> dict[str, dict[str, int]]:
-        """Per parameter, the operations that used it in the last pass and how often."""
+        """Per parameter, the operations that used it in the last pass and how often; those of a compiled call are not counted."""
         return {name: dict(self._pass.nodes[key].uses) if key in self._pass.nodes else {} for key, (name, _) in self._names.items()}
 
 
@@ -1098,7 +1098,8 @@ def tap(target: nn.Module | Tensor | Mapping[str, Tensor] | Iterable[Tensor], **
         target: a module, or for functional code the parameters (a list, a mapping by name, one tensor). Those that require a gradient are tracked.
         by_param: keep the norms of each parameter apart, for ``tap.sqnorms(by_param=True)``.
         reduction: "mean" (default) or "sum": how the loss was reduced over the samples. A vector of losses is summed: "sum".
-        batch_size: B; read off the first tensor input of the tapped module if that is called, required otherwise.
+        batch_size: B; read off the first tensor input of the tapped module if that is called, required otherwise, and for compiled calls of more than 4096
+            samples.
         batch_dim: the dimension of the module's inputs along which the samples lie.
         params: parameters (or their names) to restrict the tap to.
         constants: tensors that carry no samples although their first dimension is as long as the batch (functional code only; buffers of a tapped module
