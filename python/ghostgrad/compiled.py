@@ -251,6 +251,9 @@ class _TracedTap(Tap):
                 self.error = error
         return func(*args, **(kwargs or {}))
 
+    def _linear(self, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        """No hooks on what is traced: the compiler joins the operations of a contribution with those around them."""
+
     def _is_data(self, t: Tensor) -> bool:
         # A graph input that requires a gradient and is neither one of the module's arguments nor a tapped parameter is somebody's parameter.
         return super()._is_data(t) and not (t.requires_grad and t.is_leaf and id(t) not in self._inputs)

@@ -17,8 +17,14 @@ from torch import Tensor
 
 from . import ops
 from .reference import accumulation_dtype
+from .samplewise import tracing
 
 __all__ = ["Affine", "Arranged", "Contribution", "Full", "Gathered", "Outer", "Patches", "Positions", "Rows", "Segments", "inner"]
+
+
+def _squares(x: Tensor) -> Tensor:
+    """What :func:`ghostgrad.ops.row_sqnorm` gives, in operations that a compiler fuses with those around: of single rows that is faster than a kernel."""
+    return x.to(accumulation_dtype(x.dtype)).square().flatten(1).sum(1)
 
 
 _CHUNK = 1 << 19  # elements of a buffer that is formed for some samples at a time
@@ -77,12 +83,19 @@ class Outer(Contribution):
 
     def sqnorm(self) -> Tensor:
         if self.a.dim() == 3:
+            if tracing() and self._single():
+                return _squares(self.a) * _squares(self.b)
             return ops.sqnorm(self.a, self.b)
         groups = self.a.shape[:-2]
         return ops.sqnorm(self.a.flatten(0, -3), self.b.flatten(0, -3)).view(groups).flatten(1).sum(1)
 
     def total_and_sqnorm(self) -> tuple[Tensor, Tensor]:
-        return ops.wgrad_and_sqnorm(self.a, self.b) if self.a.dim() == 3 else super().total_and_sqnorm()
+        fused = self.a.dim() == 3 and not (tracing() and self._single())
+        return ops.wgrad_and_sqnorm(self.a, self.b) if fused else super().total_and_sqnorm()
+
+    def _single(self) -> bool:
+        """One position for each sample."""
+        return isinstance(self.a.shape[1], int) and self.a.shape[1] == 1
 
     def form(self) -> Any:
         return Outer, self.a.dtype, self.b.dtype, self.a.dim()
@@ -216,7 +229,13 @@ class Affine(Contribution):
     def batch_size(self) -> int:
         return self.of.b.shape[0]
 
+    def _rows(self) -> bool:
+        """A shift of single positions, while a graph is traced."""
+        return tracing() and not self.scale and all(isinstance(self.of.b.shape[dim], int) and self.of.b.shape[dim] == 1 for dim in (1, 3))
+
     def total(self) -> Tensor:
+        if self._rows():
+            return self.of.b.sum((0, 1, 3)).view(tuple(self.shape))
         grads = self.of.grads(total=True)
         return (grads.scale if self.scale else grads.shift).view(tuple(self.shape))
 
@@ -225,6 +244,8 @@ class Affine(Contribution):
         return (self.of.b if x is None else self.of.b * x).sum((1, 3)).view(self.batch_size, *self.shape)
 
     def sqnorm(self) -> Tensor:
+        if self._rows():
+            return _squares(self.of.b)
         grads = self.of.grads(total=False)
         return grads.scale_sqnorm if self.scale else grads.shift_sqnorm
 

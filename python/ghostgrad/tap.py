@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
 from . import ops, rules
-from .contributions import Contribution, Full, inner
+from .contributions import Affine, Contribution, Full, Outer, Positions, inner
 from .errors import BatchCouplingError, GhostgradError, TapStateError, UnsupportedUseError
 from .layout import ELEMENTWISE, FACTORIES, PLAIN, AnyLayout, Known, Layout, Mixed, placed, propagate
 from .reference import accumulation_dtype
@@ -45,6 +45,10 @@ class _Active(threading.local):
 
 
 _ACTIVE = _Active()
+
+_DENSE = (Tensor, nn.Parameter)
+_LINEAR = nn.functional.linear
+_OF_MODULES = vars(nn.Module()).keys()
 
 # Functions that look at a tensor without using its value in a differentiable way, or hand it out as an object: they get the original.
 _PASSIVE = frozenset(
@@ -99,6 +103,8 @@ class _Pass:
         self.leaves: dict[str, Tensor] = {}
         self.nodes: dict[int, _LeafNode] = {}
         self.derived_nodes: list[_DerivedNode] = []
+        self.layers: list[_Layer] = []
+        self.repeats = False  # more than one backward runs through the graph, each read by itself
         self.recomputes = False  # a part of the forward may run again in backward (checkpointing)
         self.recomputing = False  # it does so now
         self.repeated: set[str] = set()  # parameters that more than one backward reached
@@ -108,6 +114,7 @@ class _Pass:
 
     def expect_backward(self) -> None:
         """Another backward will be read apart from those before it."""
+        self.repeats = True
         for node in self.nodes.values():
             node.collected = None
         if self.regions is not None:
@@ -125,27 +132,36 @@ class _Pass:
     def close(self) -> None:
         """Lets gradients through from now on, and frees what the graph would otherwise keep alive in a cycle."""
         self.armed = False
-        for node in (*self.nodes.values(), *self.derived_nodes):
-            node.release()
+        for held in (*self.nodes.values(), *self.derived_nodes, *self.layers):
+            held.release()
 
 
 class _Node:
-    """Where the uses of one parameter (or of one derived parameter) meet. ``attached`` is the tensor that goes into the operations."""
+    """Where the uses of one parameter (or of one derived parameter) meet."""
 
     parents: Sequence[tuple[Tensor, _Node, _View | None]] = ()
 
-    def __init__(self, owner: _Pass, name: str, source: Tensor, leaf: Tensor | None):
+    def __init__(self, owner: _Pass, name: str, source: Tensor):
         self.owner, self.name, self.dtype, self.shape = owner, name, source.dtype, source.shape
         self.uses: dict[str, int] = {}  # operation -> how often, for reports
         self._pending: dict[int, list[_Pending]] = {}  # by backward pass
-        self.attached: Tensor = _Collect.apply(self, source, leaf)
+        self._attached: Tensor | None = None
+        self._in_layer: Tensor | None = None  # what a layer's own operation works on, instead
 
-    def collect(self) -> tuple[Tensor | None, Tensor | None]:
-        """Runs in backward when all uses are in: the gradients of ``source`` and of the tap."""
+    @property
+    def attached(self) -> Tensor:
+        """The tensor that goes into the operations."""
+        if self._attached is None:
+            assert self._in_layer is not None
+            self._attached = _Apart.apply(self, self._in_layer)
+        return self._attached
+
+    def collect(self, grad: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """Runs in backward when all uses are in: the gradients of ``source`` and of the tap. ``grad``: that of the only use, if it is there already."""
         raise NotImplementedError
 
     def release(self) -> None:
-        del self.attached
+        self._attached = self._in_layer = None
         self._pending.clear()
         self.parents = ()
 
@@ -153,13 +169,22 @@ class _Node:
         """Takes the contribution of a use, of the node's tensor itself or of a view of it."""
         self._pending.setdefault(torch._C._current_graph_task_id(), []).append((contribution, view))
 
+    def refuse(self, grad: Tensor | None) -> None:
+        """Raises if a plain gradient has arrived."""
+        if grad is not None:
+            raise UnsupportedUseError(
+                f"ghostgrad: parameter {self.name!r} received a gradient from a use that has no per-sample form: a term that is added to the loss of the "
+                "whole batch (weight decay, say), or a gradient penalty. Add the term to each sample's loss, or keep it out of the tapped block."
+            )
+
     def take(self) -> list[_Pending]:
         taken = self._pending.pop(torch._C._current_graph_task_id(), [])
         self._pending.clear()
         return taken
 
     def will_run(self) -> bool:
-        function = self.attached.grad_fn
+        attached = self._attached if self._in_layer is None else self._in_layer
+        function = None if attached is None else attached.grad_fn
         return function is not None and torch._C._will_engine_execute_node(function)
 
     def roots(self) -> set[_LeafNode]:
@@ -203,47 +228,134 @@ def _materialise(contributions: Sequence[_Pending]) -> Tensor:
 
 
 class _Collect(torch.autograd.Function):
-    """The identity on a parameter; its backward is where the parameter's uses meet."""
+    """The identity on parameters; its backward is where their uses meet."""
 
     @staticmethod
-    def forward(ctx: Any, node: _Node, source: Tensor, leaf: Tensor | None) -> Tensor:
+    def forward(ctx: Any, nodes: tuple[_Node, ...], layer: _Layer | None, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """``tensors``: the parameters, and for each the leaf of the tap or None."""
+        ctx.nodes, ctx.layer = nodes, layer
+        ctx.set_materialize_grads(False)
+        return tuple(source.detach() for source in tensors[: len(nodes)] if source is not None)  # aliases, not views: the optimiser may step in the block
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        nodes: tuple[_Node, ...] = ctx.nodes
+        if not nodes[0].owner.armed:
+            return (None, None, *grads, *(None,) * len(nodes))
+        if ctx.layer is not None:
+            return (None, None, *ctx.layer.collect(grads))
+        for node, grad in zip(nodes, grads):
+            node.refuse(grad)
+        collected = [node.collect() for node in nodes]
+        return (None, None, *(grad for grad, _ in collected), *(sqnorm for _, sqnorm in collected))
+
+
+class _Apart(torch.autograd.Function):
+    """The identity on a parameter that a layer's own operation works on, for its other uses: a gradient that comes this way is none of the layer's."""
+
+    @staticmethod
+    def forward(ctx: Any, node: _Node, parameter: Tensor) -> Tensor:
         ctx.node = node
         ctx.set_materialize_grads(False)
-        return source.detach()  # an alias, not a view: the optimiser may step while the block is open
+        return parameter.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, Tensor | None, Tensor | None]:
-        node: _Node = ctx.node
-        if not node.owner.armed:
-            return None, grad, None
-        if grad is not None:
-            raise UnsupportedUseError(
-                f"ghostgrad: parameter {node.name!r} received a gradient from a use that has no per-sample form: a term that is added to the loss of the "
-                "whole batch (weight decay, say), or a gradient penalty. Add the term to each sample's loss, or keep it out of the tapped block."
-            )
-        return None, *node.collect()
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, Tensor | None]:
+        if not ctx.node.owner.armed:
+            return None, grad
+        ctx.node.refuse(grad)
+        return None, None
+
+
+class _Layer:
+    """A linear layer on one position for each sample, (B, p). Its norms are products of two numbers, ``||b_i||^2 ||a_i||^2`` for the weight and
+    ``||b_i||^2`` for the bias, so there is nothing to fuse: torch's own operation runs on parameters that share one collector, its backward forms the
+    gradients as always, and a hook on it brings ``b``. Where the weight or the bias has other uses too, these gradients are dropped and formed with theirs.
+    """
+
+    __slots__ = ("_b", "_nodes", "_recorded", "_task", "_version", "_x")
+
+    def __init__(self, x: Tensor, nodes: Sequence[_LeafNode], sources: Sequence[Tensor]):
+        self._x: Tensor | None = x  # (B, p)
+        self._b: Tensor | None = None  # (B, d)
+        self._version, self._nodes = x._version, nodes
+        self._task = self._recorded = -1  # the last backward pass that ran through the operation, and the last one that was recorded
+        tensors = _Collect.apply(tuple(nodes), self, *sources, *(node.leaf for node in nodes))
+        for node, tensor in zip(nodes, tensors):
+            node._in_layer = tensor
+
+    def __call__(self, grad_inputs: Any, grad_outputs: tuple[Tensor | None, ...]) -> None:
+        """Hook of the operation's backward."""
+        if self._nodes[0].owner.armed:
+            self._task, self._b = torch._C._current_graph_task_id(), grad_outputs[0]
+            if torch.is_grad_enabled():
+                self._recorded = self._task
+
+    def release(self) -> None:
+        self._x = self._b = None
+
+    def collect(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """The gradients of the parameters, and of their leaves. ``grads``: what the operation's backward made of them."""
+        nodes, x, b, task = self._nodes, self._x, self._b, torch._C._current_graph_task_id()
+        if self._task != task or self._recorded not in (-1, task):  # not from the operation itself, or not alone: from a gradient penalty
+            for node, grad in zip(nodes, grads):
+                node.refuse(grad)
+        if b is None or self._task != task:  # the parameters' other uses alone
+            collected = [node.collect() for node in nodes]
+            return (*(grad for grad, _ in collected), *(sqnorm for _, sqnorm in collected))
+        self._b = None
+        if x is None:  # the second backward through this graph, which sqnorms() refuses
+            for node, grad in zip(nodes, grads):
+                node.reach()
+                node.hand_out(grad)
+            return (*grads, *(None,) * len(nodes))
+        if x._version != self._version:
+            raise RuntimeError(f"ghostgrad: the input of the layer with parameter {nodes[0].name!r} was modified by an in-place operation before backward")
+        if not nodes[0].owner.repeats:
+            self._x = None
+        if nodes[0].leaf is nodes[-1].leaf and not any(node._pending for node in nodes):
+            for node, grad in zip(nodes, grads):
+                node.reach()
+                node.hand_out(grad)
+            sqnorm = ops.linear_sqnorm(x, b, bias=len(nodes) > 1)
+            return (*grads, sqnorm if sqnorm.dtype == nodes[0].leaf.dtype else sqnorm.to(nodes[0].leaf), *(None,) * (len(nodes) - 1))
+        nodes[0].add(Outer(x.unsqueeze(1), b.unsqueeze(1)), None)
+        if len(nodes) > 1:
+            nodes[1].add(Affine(Positions(b[:, None, :, None]), False, b.shape[1:]), None)
+        collected = [node.collect(grad) for node, grad in zip(nodes, grads)]
+        return (*(grad for grad, _ in collected), *(sqnorm for _, sqnorm in collected))
 
 
 class _LeafNode(_Node):
     """The collector of a parameter in one tap: gives its gradient and the tap's. ``outer`` is its collector in the enclosing tap, if any."""
 
     def __init__(self, owner: _Pass, name: str, source: Tensor, leaf: Tensor, admit: Callable[[int], None], want_grad: bool, outer: _LeafNode | None):
+        super().__init__(owner, name, source)
         self.key, self.leaf, self.outer, self.want_grad, self.admit = id(source), leaf, outer, want_grad, admit
         self.returned: tuple[Any, ...] | None = None  # identity of the gradient that was handed out
         self.collected: int | None = None  # the backward pass that reached this parameter
-        super().__init__(owner, name, source if outer is None else outer.attached, leaf)
 
     def roots(self) -> set[_LeafNode]:
         return {self}
 
-    def collect(self) -> tuple[Tensor | None, Tensor | None]:
-        contributions = self.take()
-        if not contributions:
-            return None, None
+    def reach(self) -> None:
+        """Notes which backward pass it is."""
         task = torch._C._current_graph_task_id()
         if self.collected not in (None, task):
             self.owner.repeated.add(self.name)
         self.collected = task
+
+    def hand_out(self, grad: Tensor | None) -> Tensor | None:
+        """Notes the gradient: no other may arrive at the parameter."""
+        if grad is not None:
+            self.returned = _identity(grad)
+        return grad
+
+    def collect(self, grad: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        contributions = self.take()
+        if not contributions:
+            return None, None
+        self.reach()
         for c, _ in contributions:
             if c.batch_size != self.leaf.shape[0]:
                 raise TapStateError(f"ghostgrad: parameter {self.name!r} was used with {c.batch_size} samples in a tap of batch size {self.leaf.shape[0]}")
@@ -253,19 +365,18 @@ class _LeafNode(_Node):
             if self.outer.will_run():
                 for c, view in contributions:
                     self.outer.add(c, view)
-        contributions = _merge(contributions)
+        if len(contributions) > 1:
+            contributions, grad = _merge(contributions), None
         first, first_view = contributions[0]
-        grad: Tensor | None = None
-        if want and len(contributions) == 1 and first_view is None:
+        if not want:
+            grad, sqnorm = None, self._sqnorm(contributions)
+        elif grad is None and len(contributions) == 1 and first_view is None:
             grad, sqnorm = first.total_and_sqnorm()
         else:
-            sqnorm, grad = self._sqnorm(contributions), _total(contributions) if want else None
-        if grad is not None:
-            grad = grad.to(self.dtype)
-            self.returned = _identity(grad)
+            sqnorm, grad = self._sqnorm(contributions), _total(contributions) if grad is None else grad
         if type(sqnorm) is not Tensor and hasattr(sqnorm, "full_tensor"):  # squares of a sharded parameter's parts
             sqnorm = sqnorm.full_tensor()
-        return grad, sqnorm.to(self.leaf)
+        return self.hand_out(None if grad is None else grad.to(self.dtype)), sqnorm.to(self.leaf)
 
     def _sqnorm(self, contributions: Sequence[_Pending]) -> Tensor:
         """Squared norms: uses of the same elements are added before they are squared, uses of disjoint elements may be squared apart."""
@@ -288,14 +399,15 @@ class _DerivedNode(_Node):
     """The collector of a function of parameters: pulls the per-sample gradients back to what it was computed from, by one batched VJP."""
 
     def __init__(self, owner: _Pass, name: str, source: Tensor, parents: Sequence[tuple[Tensor, _Node, _View | None]]):
-        super().__init__(owner, name, source, None)
+        super().__init__(owner, name, source)
         self.source, self.parents = source, parents
+        (self._attached,) = _Collect.apply((self,), None, source, None)
 
     def release(self) -> None:
         super().release()
         del self.source
 
-    def collect(self) -> tuple[None, None]:
+    def collect(self, grad: Tensor | None = None) -> tuple[None, None]:
         contributions = self.take()
         if contributions:
             per_sample = static(_materialise(contributions).to(self.dtype))  # (B, *shape)
@@ -428,18 +540,18 @@ class Tap(TorchFunctionMode):
         self._module = target if isinstance(target, nn.Module) else None
         self._entry = getattr(target, "_orig_mod", self._module)  # the module whose call says what the batch is
         self._names = _named(target, params)  # id -> (name, parameter)
-        self._wide = any(p.dtype == torch.float64 for _, p in self._names.values())
-        if any(hasattr(p, "to_local") for _, p in self._names.values()):
-            from . import distributed as distributed  # tells torch how the ops run on sharded tensors
+        self._wide = False
+        for _, p in self._names.values():
+            self._wide |= p.dtype == torch.float64
+            if type(p) not in _DENSE and hasattr(p, "to_local"):
+                from . import distributed as distributed  # tells torch how the ops run on sharded tensors
         self._given_batch_size = batch_size
         self._constants = {id(t): t for t in constants}
         for module in self._module.modules() if self._module is not None else ():
-            for tensor in (
-                *module.parameters(recurse=False),
-                *module.buffers(recurse=False),
-                *(v for v in vars(module).values() if isinstance(v, Tensor)),
-            ):
-                self._constants[id(tensor)] = tensor
+            own = vars(module)
+            for tensor in (*own["_parameters"].values(), *own["_buffers"].values(), *(own[name] for name in own.keys() - _OF_MODULES)):
+                if isinstance(tensor, Tensor):
+                    self._constants[id(tensor)] = tensor
         self._want_grad = want_grad
         self._open = False
         self._handles: list[Any] = []
@@ -510,7 +622,8 @@ class Tap(TorchFunctionMode):
         """The tapped module is called: its inputs carry the samples."""
         if self._pass.norms is not None:
             self.reset()
-        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > self.batch_dim]
+        leaves = args if not kwargs and all(isinstance(t, Tensor) for t in args) else pytree.tree_leaves((args, kwargs))
+        tensors = [t for t in leaves if isinstance(t, Tensor) and t.dim() > self.batch_dim]
         if not tensors:
             return
         sizes = [t.shape[self.batch_dim] for t in tensors]
@@ -559,7 +672,7 @@ class Tap(TorchFunctionMode):
                 self._refuse_entangled(args[0])
             return self._backward(func, args, kwargs)
         if self._pass.compiled:
-            if isinstance(func, torch._ops.OpOverload) and not torch.is_grad_enabled():  # the inside of a graph that a backend runs op by op
+            if not torch.is_grad_enabled():  # the inside of a graph that a backend runs
                 return func(*args, **kwargs)
             if self._pass.batch_size is None:
                 self._pass.batch_size, self._pass.seen_input = self._pass.regions.batch_size, True
@@ -568,10 +681,13 @@ class Tap(TorchFunctionMode):
             raise self._transformed(name, tensors)
         self._pass.recomputes |= torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         if torch.is_grad_enabled():
+            if func is _LINEAR and not kwargs and (direct := self._linear(func, *args)) is not None:
+                return direct
             for t in tensors:
                 if self._is_tracked(t):
                     return func(*args, **kwargs) if name in _DETACHED else self._use(func, name, args, kwargs)
-            rules.refuse_batch_statistics(self, func, args, kwargs)
+            if name == "batch_norm":
+                rules.refuse_batch_statistics(self, func, args, kwargs)
         elif not self._pass.recomputes and any(map(self._is_tracked, tensors)):
             self._pass.recomputes = True  # a reentrant checkpoint's first run looks like this
         blank = self._blank(args[0]) if args and writes_in_place(name) else None
@@ -611,7 +727,7 @@ class Tap(TorchFunctionMode):
         if self._pass.compiled:
             roots = args[0] if args else kwargs["outputs"]
             self._pass.regions.read_graph([roots] if isinstance(roots, Tensor) else roots)
-        if not self._pass.recomputes or kwargs.get("create_graph"):
+        if not self._pass.recomputes or self._pass.compiled or kwargs.get("create_graph"):  # what was compiled recomputes by itself
             return func(*args, **kwargs)
         before, self._pass.recomputing = self._pass.recomputing, True
         try:
@@ -804,19 +920,56 @@ class Tap(TorchFunctionMode):
         return node
 
     def _own_node(self, p: Tensor, outer: _LeafNode | None) -> _LeafNode:
-        now = self._pass
-        if id(p) not in now.nodes:
-            if now.batch_size is None:
-                raise self._no_batch_size(p)
-            name = self._names[id(p)][0]
-            key = name if self.by_param else ""
-            if key not in now.leaves:
-                dtype = accumulation_dtype(p.dtype) if self.by_param or not self._wide else torch.float64
-                now.leaves[key] = torch.zeros(now.batch_size, dtype=dtype, device=p.device, requires_grad=True)
-            admit = lambda copies: self._admit(repr(name), "several overlapping uses", copies)  # noqa: E731
-            node = now.nodes[id(p)] = _LeafNode(now, name, p, now.leaves[key], admit, self._want_grad, outer)
+        node = self._pass.nodes.get(id(p))
+        if node is None:
+            node = self._new_node(p, outer)
+            (node._attached,) = _Collect.apply((node,), None, p if outer is None else outer.attached, node.leaf)
+        if node._attached is None or id(node._attached) not in self._trace.derived:
             self._trace.derived[id(node.attached)] = (node.attached, node, None)
-        return now.nodes[id(p)]
+        return node
+
+    def _new_node(self, p: Tensor, outer: _LeafNode | None = None) -> _LeafNode:
+        now = self._pass
+        if now.batch_size is None:
+            raise self._no_batch_size(p)
+        name = self._names[id(p)][0]
+        key = name if self.by_param else ""
+        leaf = now.leaves.get(key)
+        if leaf is None:
+            dtype = accumulation_dtype(p.dtype) if self.by_param or not self._wide else torch.float64
+            leaf = now.leaves[key] = torch.zeros(now.batch_size, dtype=dtype, device=p.device, requires_grad=True)
+        admit = lambda copies: self._admit(repr(name), "several overlapping uses", copies)  # noqa: E731
+        node = now.nodes[id(p)] = _LeafNode(now, name, p, leaf, admit, self._want_grad, outer)
+        return node
+
+    def _linear(self, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """The first use of a weight and a bias, if it is by a layer that gets along with torch's own operation (see :class:`_Layer`); else None."""
+        now, sources = self._pass, (weight,) if bias is None else (weight, bias)
+        if (
+            not self._want_grad
+            or x.dim() != 2
+            or x.shape[0] != now.batch_size
+            or now.recomputes
+            or now.compiled
+            or weight is bias
+            or any(id(p) not in self._names or id(p) in now.nodes or type(p) not in _DENSE or p.dtype != x.dtype for p in sources)
+            or type(x) is not Tensor
+            or len(_ACTIVE.taps) > 1
+            or not self._is_data(x)
+            or self._layout_of(x) is not PLAIN
+            or x.is_complex()
+            or torch._C._is_any_autocast_enabled()
+        ):
+            return None
+        nodes = [self._new_node(p) for p in sources]
+        layer = _Layer(x, nodes, sources)
+        now.layers.append(layer)
+        out: Tensor = func(x, *(node._in_layer for node in nodes))
+        assert out.grad_fn is not None
+        out.grad_fn.register_hook(layer)
+        for node in nodes:
+            node.uses["linear"] = 1
+        return out
 
     def _attach(self, t: Tensor) -> tuple[Tensor, _Use]:
         """The tensor that stands for a tracked one in the graph, and where its contributions go."""
@@ -959,12 +1112,14 @@ class Tap(TorchFunctionMode):
                 f"ghostgrad: more than one backward pass reached {reached} in one tap, and the norm of a sum is not the sum of the norms. Add the losses and "
                 "call backward once, or use one block per backward."
             )
-        if all(grad is None for grad in grads.values()):
+        if not any(grad is not None for grad in grads.values()):
             raise TapStateError("ghostgrad: there are no norms yet: loss.backward() has to run inside the tap's block, and the loss to use a tapped parameter")
         batch_size = self.batch_size or 0
         scale = batch_size**2 if self.reduction == "mean" else 1
+        if not self.by_param and not now.compiled:
+            return {"": grads[""] * scale}
         pooled = grads.get(_POOL)  # (K, 1 + at least B)
-        if pooled is not None and pooled[0, 0] != now.regions.calls:
+        if pooled is not None and pooled[0, 0].item() != now.regions.calls:
             raise TapStateError("ghostgrad: a compiled call of the tapped module was split by a graph break, so its norms are incomplete; use fullgraph=True")
         parameters = [p for _, p in self._names.values()]
         norms = {}
@@ -991,7 +1146,8 @@ def _input_hook(tap: Tap) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any
             return
         tap = ref()
         if tap is not None and tap._open and module is tap._entry:
-            tap._see_input(args, kwargs)
+            with torch._C.DisableTorchFunction():
+                tap._see_input(args, kwargs)
 
     return hook
 
@@ -1039,15 +1195,21 @@ def _repeat_as_expand(x: Tensor, *sizes: Any, repeats: Any = None) -> Tensor | N
     return x.expand(tuple(n * size for n, size in zip(sizes, shape)))
 
 
+def _refuse_script(target: nn.Module) -> None:
+    scripted = torch.jit.ScriptModule
+    for name, module in target.named_modules():
+        if isinstance(module, scripted):
+            raise UnsupportedUseError(
+                f"ghostgrad.tap: module {name!r} is TorchScript ({type(module).__name__}), whose operations cannot be intercepted. Tap the Python module "
+                "that it was made from; torch.compile works."
+            )
+
+
 def _named(target: Any, params: Iterable[Tensor | str] | None) -> dict[int, tuple[str, Tensor]]:
     """The parameters to track: ``{id: (name, parameter)}``, those that require a gradient."""
     if isinstance(target, nn.Module):
-        for name, module in target.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                raise UnsupportedUseError(
-                    f"ghostgrad.tap: module {name!r} is TorchScript ({type(module).__name__}), whose operations cannot be intercepted. Tap the Python module "
-                    "that it was made from; torch.compile works."
-                )
+        if "torch.jit" in sys.modules:
+            _refuse_script(target)
         named: dict[str, Tensor] = dict(target.named_parameters())
     elif isinstance(target, Mapping):
         named = dict(target)
