@@ -438,6 +438,8 @@ def _runs(x: Tensor, layout: Known, batch_size: int) -> Tensor:
     """(B * R, ...) with the samples along the first dimension, R rows each, as (B, R, ...); ragged rows are filled up with zeros."""
     if isinstance(layout, Ragged):
         return to_samples(x, layout, batch_size, x.dim() - 1)
+    if layout == PLAIN:
+        return x.unsqueeze(1)
     return x.unflatten(0, (layout.outer, batch_size, layout.inner)).movedim(1, 0).flatten(1, 2)
 
 

@@ -9,6 +9,8 @@ How it works, in the order of events:
 3. In backward, each use hands its *contribution* to the collector instead of a weight gradient. Autograd runs the collector when all uses are in:
    there, uses are added before they are squared, and one pass gives both the weight gradient and the tap's gradient ``||g_i||^2``.
 
+A linear layer on single positions is the one exception (:class:`_Layer`): it keeps torch's own backward.
+
 So a collector that is handed a plain gradient has found a use that the tap did not see, and a parameter that receives a gradient from anywhere but its
 collector has been reached behind the tap's back: both are errors. Nothing is dropped silently.
 """
@@ -66,15 +68,15 @@ _EXPANSIONS = frozenset(("expand", "expand_as", "broadcast_to"))
 
 
 def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors among the arguments of a call, one level of lists and tuples included."""
-    found = []
+    """The tensors among the arguments of a call, those inside of containers included."""
+    found: list[Tensor] = []
     for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, (list, tuple)):
-            found += [v for v in value if isinstance(v, Tensor)]
+            found += _tensors(value, {})
         elif isinstance(value, dict):
-            found += [v for v in value.values() if isinstance(v, Tensor)]
+            found += _tensors((), value)
     return found
 
 
@@ -132,8 +134,10 @@ class _Pass:
     def close(self) -> None:
         """Lets gradients through from now on, and frees what the graph would otherwise keep alive in a cycle."""
         self.armed = False
-        for held in (*self.nodes.values(), *self.derived_nodes, *self.layers):
-            held.release()
+        for node in (*self.nodes.values(), *self.derived_nodes):
+            node.release()
+        for layer in self.layers:
+            layer.release()
 
 
 class _Node:
@@ -539,7 +543,8 @@ class Tap(TorchFunctionMode):
         self.by_param, self.reduction, self.expand_limit, self.batch_dim = by_param, reduction, expand_limit, batch_dim
         self._module = target if isinstance(target, nn.Module) else None
         self._entry = getattr(target, "_orig_mod", self._module)  # the module whose call says what the batch is
-        self._names = _named(target, params)  # id -> (name, parameter)
+        modules = [] if self._module is None else list(self._module.named_modules())
+        self._names = _named(target, modules, params)  # id -> (name, parameter)
         self._wide = False
         for _, p in self._names.values():
             self._wide |= p.dtype == torch.float64
@@ -547,7 +552,7 @@ class Tap(TorchFunctionMode):
                 from . import distributed as distributed  # tells torch how the ops run on sharded tensors
         self._given_batch_size = batch_size
         self._constants = {id(t): t for t in constants}
-        for module in self._module.modules() if self._module is not None else ():
+        for _, module in modules:
             own = vars(module)
             for tensor in (*own["_parameters"].values(), *own["_buffers"].values(), *(own[name] for name in own.keys() - _OF_MODULES)):
                 if isinstance(tensor, Tensor):
@@ -685,7 +690,7 @@ class Tap(TorchFunctionMode):
                 return direct
             for t in tensors:
                 if self._is_tracked(t):
-                    return func(*args, **kwargs) if name in _DETACHED else self._use(func, name, args, kwargs)
+                    return func(*args, **kwargs) if name in _DETACHED else self._use(func, name, tensors, args, kwargs)
             if name == "batch_norm":
                 rules.refuse_batch_statistics(self, func, args, kwargs)
         elif not self._pass.recomputes and any(map(self._is_tracked, tensors)):
@@ -762,11 +767,11 @@ class Tap(TorchFunctionMode):
                     self._mark(output._base, layout)  # what a part shows is now there in the whole
                 self._mark(output, layout)
 
-    def _use(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _use(self, func: Any, name: str, leaves: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call with at least one tracked parameter among its arguments."""
-        leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         parameters = [t for t in leaves if self._is_tracked(t)]
-        if not any(self._is_data(t) for t in leaves if not self._is_tracked(t)):
+        others = [t for t in leaves if not any(t is p for p in parameters)]
+        if not any(map(self._is_data, others)):
             # Before the batch is known there is nothing to attach to; should the result reach the loss, the hooks on the parameters will see it.
             if self._pass.batch_size is not None:
                 return self._derive(func, args, kwargs)
@@ -780,8 +785,12 @@ class Tap(TorchFunctionMode):
                 f"ghostgrad: parameter {self._name_of(parameters[0])!r} is used in '{name}' outside of the compiled call, and where the samples lie in what "
                 "such a call returns is not known. Compile a module or function that holds this use as well."
             )
-        rules.refuse_batch_statistics(self, func, args, kwargs)
+        if name == "batch_norm":
+            rules.refuse_batch_statistics(self, func, args, kwargs)
         rule = rules.rule_for(func) or rules.reference_call
+        if len(parameters) > 1 and len(_ACTIVE.taps) == 1:
+            self._attach_first({id(p): p for p in parameters if id(p) in self._names and id(p) not in self._pass.nodes})
+        label = name if rule is not rules.reference_call else f"{name} (reference)"
         for parameter in parameters:
             node = self._node_of(parameter)
             for root in node.roots():
@@ -790,14 +799,12 @@ class Tap(TorchFunctionMode):
                         f"ghostgrad: {node.name!r} was computed before the innermost tap's block began, so that tap cannot see its use in '{name}'. "
                         "Compute it inside the block."
                     )
-                if self._pass.recomputing:
-                    continue
-                label = name if rule is not rules.reference_call else f"{name} (reference)"
-                root.uses[label] = root.uses.get(label, 0) + 1
+                if not self._pass.recomputing:
+                    root.uses[label] = root.uses.get(label, 0) + 1
         call = Call(self, func, args, kwargs)
         out = rule(call, *args, **kwargs)
         if self._trace.layouts and not call.followed:  # what the rule does not say follows from the inputs
-            data = [(t, self._layout_of(t)) for t in leaves if not self._is_tracked(t) and self._is_data(t)]
+            data = [(t, self._layout_of(t)) for t in others if self._is_data(t)]
             silent = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and not any(t is marked for marked in call.marked)]
             if silent and any(layout != PLAIN for _, layout in data) and self._pass.batch_size != 1:
                 for t, layout in zip(silent, propagate(func, name, data, args, kwargs, silent, self._pass.batch_size)):
@@ -927,6 +934,15 @@ class Tap(TorchFunctionMode):
         if node._attached is None or id(node._attached) not in self._trace.derived:
             self._trace.derived[id(node.attached)] = (node.attached, node, None)
         return node
+
+    def _attach_first(self, sources: Mapping[int, Tensor]) -> None:
+        """Gives parameters that meet in a call, and have met no samples before, one collector for all."""
+        if len(sources) < 2:
+            return
+        nodes = [self._new_node(p) for p in sources.values()]
+        for node, attached in zip(nodes, _Collect.apply(tuple(nodes), None, *sources.values(), *(node.leaf for node in nodes))):
+            node._attached = attached
+            self._trace.derived[id(attached)] = (attached, node, None)
 
     def _new_node(self, p: Tensor, outer: _LeafNode | None = None) -> _LeafNode:
         now = self._pass
@@ -1116,8 +1132,8 @@ class Tap(TorchFunctionMode):
             raise TapStateError("ghostgrad: there are no norms yet: loss.backward() has to run inside the tap's block, and the loss to use a tapped parameter")
         batch_size = self.batch_size or 0
         scale = batch_size**2 if self.reduction == "mean" else 1
-        if not self.by_param and not now.compiled:
-            return {"": grads[""] * scale}
+        if not now.compiled and not self.by_param and (only := grads[""]) is not None:
+            return {"": only * scale}
         pooled = grads.get(_POOL)  # (K, 1 + at least B)
         if pooled is not None and pooled[0, 0].item() != now.regions.calls:
             raise TapStateError("ghostgrad: a compiled call of the tapped module was split by a graph break, so its norms are incomplete; use fullgraph=True")
@@ -1195,22 +1211,20 @@ def _repeat_as_expand(x: Tensor, *sizes: Any, repeats: Any = None) -> Tensor | N
     return x.expand(tuple(n * size for n, size in zip(sizes, shape)))
 
 
-def _refuse_script(target: nn.Module) -> None:
-    scripted = torch.jit.ScriptModule
-    for name, module in target.named_modules():
-        if isinstance(module, scripted):
-            raise UnsupportedUseError(
-                f"ghostgrad.tap: module {name!r} is TorchScript ({type(module).__name__}), whose operations cannot be intercepted. Tap the Python module "
-                "that it was made from; torch.compile works."
-            )
-
-
-def _named(target: Any, params: Iterable[Tensor | str] | None) -> dict[int, tuple[str, Tensor]]:
-    """The parameters to track: ``{id: (name, parameter)}``, those that require a gradient."""
+def _named(target: Any, modules: Iterable[tuple[str, nn.Module]], params: Iterable[Tensor | str] | None) -> dict[int, tuple[str, Tensor]]:
+    """The parameters to track: ``{id: (name, parameter)}``, those that require a gradient. ``modules``: those of the target, by name."""
+    named: dict[str, Tensor] = {}
     if isinstance(target, nn.Module):
-        if "torch.jit" in sys.modules:
-            _refuse_script(target)
-        named: dict[str, Tensor] = dict(target.named_parameters())
+        scripted = torch.jit.ScriptModule
+        for prefix, module in modules:
+            if isinstance(module, scripted):
+                raise UnsupportedUseError(
+                    f"ghostgrad.tap: module {prefix!r} is TorchScript ({type(module).__name__}), whose operations cannot be intercepted. Tap the Python "
+                    "module that it was made from; torch.compile works."
+                )
+            named.update((f"{prefix}.{name}" if prefix else name, p) for name, p in module._parameters.items() if p is not None)
+        if type(target).named_parameters is not nn.Module.named_parameters:
+            named = dict(target.named_parameters())
     elif isinstance(target, Mapping):
         named = dict(target)
     elif isinstance(target, Tensor):
