@@ -13,6 +13,7 @@ from . import _C as _C
 from . import compiled as compiled
 from . import layers as layers
 from . import ops as ops
+from . import recurrent as recurrent
 from . import reference as reference
 from . import rules as rules
 from .contributions import Affine as Affine
