@@ -169,6 +169,38 @@ def test_a_layer_that_is_used_twice() -> None:
         torch.testing.assert_close(g, p.grad, rtol=1e-12, atol=1e-16)
 
 
+CELLS = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "tanh": nn.RNNCell, "relu": lambda *sizes, **options: nn.RNNCell(*sizes, nonlinearity="relu", **options)}
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("kind", sorted(CELLS))
+def test_a_cell_is_a_layer_of_one_step(kind: str, bias: bool, steps: list[str]) -> None:
+    """Called step by step, from a learned state, and on after the sequence has ended on an input that is the same for all samples."""
+
+    def forward(m: Lambda, x: Tensor) -> Tensor:
+        learned = m.h.expand(len(x), -1)
+        state = (learned, torch.tanh(x[:, 0, :H])) if kind == "lstm" else learned
+        for step in (*x.unbind(1), torch.ones(len(x), D, dtype=x.dtype)):
+            state = m.cell(step, state)
+        return torch.cat(state, -1) if kind == "lstm" else state
+
+    torch.manual_seed(0)
+    model = Lambda(forward, h=(H,))
+    model.cell = CELLS[kind](D, H, bias=bias)
+    x, target = torch.randn(B, T, D, dtype=F64), torch.randn(B, dtype=F64)
+    assert_exact(model, x)
+    assert not steps
+
+    def single(i: int) -> Tensor:
+        grads = torch.autograd.grad(loss_fn(model(x[i : i + 1]), target[i : i + 1]), list(model.parameters()), create_graph=True)
+        return torch.stack([g.square().sum() for g in grads]).sum()
+
+    expected = torch.autograd.grad(torch.stack([single(i) for i in range(B)]).mean(), list(model.parameters()))
+    got = torch.autograd.grad(gg.sqnorms(model, loss_fn, x, target, create_graph=True).mean(), list(model.parameters()))
+    for g, e in zip(got, expected):
+        torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["lstm", "gru", "tanh"])  # at a kink, rounding decides what the gradient is
 def test_narrow_dtypes_are_as_exact_as_a_loop(kind: str, dtype: torch.dtype) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .contributions import Affine, Outer, Positions
 from .layout import PLAIN, Known, placed, sequences, to_samples
-from .rules import Call, register_rule
+from .rules import Call, reference_call, register_rule
 from .samplewise import tracing
 
 __all__: list[str] = []
@@ -172,22 +172,23 @@ def _backward_gru(kind: str, grads: Sequence[Tensor], last: States, kept: States
 def _forward_lstm(kind: str, z: Tensor, initial: States, w: Tensor, b: Tensor | None, reverse: bool) -> tuple[Tensor, ...]:
     size, w = initial[0].shape[-1], w.t()
     states, cells = (_trajectory(s, len(z), reverse) for s in initial)
+    tanh_c = states.new_empty(*z.shape[:-1], size)
     h_rows, c_rows = _in_order(states, reverse), _in_order(cells, reverse)
-    parts = (_in_order(t, reverse) for t in (z, z[..., : 2 * size], *z.chunk(4, -1)))
-    for x, both, i, f, g, o, h, new_h, c, new_c in zip(*parts, h_rows, h_rows[1:], c_rows, c_rows[1:]):
+    parts = (_in_order(t, reverse) for t in (z, z[..., : 2 * size], *z.chunk(4, -1), tanh_c))
+    for x, both, i, f, g, o, tanh, h, new_h, c, new_c in zip(*parts, h_rows, h_rows[1:], c_rows, c_rows[1:]):
         x.addmm_(h, w)
         both.sigmoid_()
         g.tanh_()
         o.sigmoid_()
         torch.mul(f, c, out=new_c).addcmul_(i, g)
-        torch.tanh(new_c, out=new_h).mul_(o)
-    return states, cells, z
+        torch.mul(torch.tanh(new_c, out=tanh), o, out=new_h)
+    return states, cells, tanh_c, z
 
 
 def _backward_lstm(kind: str, grads: Sequence[Tensor], last: States, kept: States, w: Tensor, reverse: bool) -> tuple[Tensor, Tensor, States]:
-    _, cells, gates = kept
-    (i, f, g, o), (before, after) = gates.chunk(4, -1), _before_and_after(cells, reverse)
-    size, aten, tanh_c = g.shape[-1], torch.ops.aten, after.tanh()
+    _, cells, tanh_c, gates = kept
+    (i, f, g, o), (before, _) = gates.chunk(4, -1), _before_and_after(cells, reverse)
+    size, aten = g.shape[-1], torch.ops.aten
     # What the gradient of c is multiplied by for the first three gates, that of h for the output gate and for c.
     b = torch.empty_like(gates)
     bi, bf, bg, bo = b.chunk(4, -1)
@@ -213,9 +214,11 @@ _BACKWARD = {"lstm": _backward_lstm, "gru": _backward_gru, "rnn_tanh": _backward
 
 def _input_product(kind: str, x: Tensor, w: Tensor, b: Tensor | None, b_hh: Tensor | None) -> Tensor:
     """``x W_ih^T`` with all biases that are added to it; that of a GRU's new gate is multiplied by the reset gate before."""
-    if b is not None and b_hh is not None:
-        added = len(b) // 3 * 2 if kind == "gru" else len(b)
-        b = torch.cat([b[:added] + b_hh[:added], b[added:]])
+    if b is not None and b_hh is not None and kind == "gru":
+        gates = len(b) // 3 * 2
+        b = torch.cat([b[:gates] + b_hh[:gates], b[gates:]])
+    elif b is not None and b_hh is not None:
+        b = b + b_hh
     return F.linear(x, w, b)
 
 
@@ -324,14 +327,12 @@ def _fused_recurrent(call: Call, input: Tensor, *args: Any) -> Any:
     cells = [Direction(kind, flat[i : i + per_cell], biased, bidirectional and i // per_cell % 2 == 1) for i in range(0, len(flat), per_cell)]
     x = input if packed or not rest[0] else call.mark(input.transpose(0, 1), layout.at(1))  # (T, sequences, p), or packed (rows, p)
     layout = call.layout(x, ragged=True)
-    fused = not (packed or tracing() or torch.is_autocast_enabled(x.device.type) or cells[0].projection is not None)
-    fused = fused and all(t.dtype == x.dtype for t in (*flat, *states)) and not any(map(call.is_data, flat))
     last: list[States] = []
     for layer in range(num_layers):
         outputs = []
         for which in range(layer * directions, (layer + 1) * directions):
             initial = tuple(call.mark(s[which], owner) for s in states)
-            out, final = _layer(call, x, initial, cells[which], layout, owner) if fused else _written_out(call, x, initial, cells[which], sizes)
+            out, final = _run(call, x, initial, cells[which], owner, sizes)
             outputs.append(out)
             last.append(final)
         x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
@@ -342,8 +343,11 @@ def _fused_recurrent(call: Call, input: Tensor, *args: Any) -> Any:
     return (x if packed or not rest[0] else call.mark(x.transpose(0, 1), layout.at(0)), *final_states)
 
 
-def _written_out(call: Call, x: Tensor, initial: States, own: Direction, sizes: Sequence[int] | None) -> tuple[Tensor, States]:
-    """The same in operations that have rules."""
+def _run(call: Call, x: Tensor, initial: States, own: Direction, owner: Known, sizes: Sequence[int] | None = None) -> tuple[Tensor, States]:
+    """One layer in one direction: as one node, or in operations that have rules."""
+    usual = sizes is None and own.projection is None and all(t.dtype == x.dtype for t in (*own.weights, *initial))
+    if usual and not tracing() and not torch.is_autocast_enabled(x.device.type) and not any(map(call.is_data, own.weights)):
+        return _layer(call, x, initial, own, call.layout(x, ragged=True), owner)
     with call.resumed():
         projected = F.linear(x, own.w_ih, own.b_ih)
         inputs = projected.unbind(0) if sizes is None else projected.split(sizes)
@@ -356,14 +360,17 @@ for _name in _FORWARD:
 
 
 def _fused_cell(call: Call, input: Tensor, hx: Any, *weights: Tensor | None) -> Any:
+    """A layer of one step."""
     states = tuple(hx) if isinstance(hx, (list, tuple)) else (hx,)
-    w_ih, w_hh, *biases = weights
-    b_ih, b_hh = biases or (None, None)
-    with call.resumed():
-        states = tuple(s if call.is_data(s) else call.mark(s, PLAIN) for s in states)
-        projected, recurrent = F.linear(input, w_ih, b_ih), F.linear(states[0], w_hh, b_hh)  # type: ignore[arg-type]
-        new = _cell(call.operation.removesuffix("_cell"), projected, recurrent, states)
-    return new if len(states) > 1 else new[0]
+    data = [t for t in (input, *states) if call.is_data(t)]
+    if not data:
+        return reference_call(call, input, hx, *weights)
+    layout = call.layout(*data, ragged=True)
+    x, *initial = (t if call.is_data(t) else call.mark(call.expand(t, t.shape, layout) if call.is_parameter(t) else t, layout) for t in (input, *states))
+    given = [w for w in weights if w is not None]
+    own = Direction(call.operation.removesuffix("_cell"), given, len(given) == 4, False)
+    _, new = _run(call, call.mark(x.unsqueeze(0), layout.at(1)), tuple(initial), own, layout)
+    return new if len(new) > 1 else new[0]
 
 
 for _name in _FORWARD:
