@@ -229,7 +229,8 @@ def _layer(call: Call, x: Tensor, initial: States, own: Direction, layout: Known
     def forward(x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
         initial, (w_ih, w_hh, b_ih, b_hh) = tensors[:count], tensors[count:]
         kept = _FORWARD[kind](kind, _input_product(kind, x, w_ih, b_ih, b_hh), initial, w_hh, b_hh, reverse)
-        return _before_and_after(kept[0], reverse)[1], *(_in_order(s, reverse)[-1].clone() for s in kept[:count]), *kept
+        results = _before_and_after(kept[0], reverse)[1], *(_in_order(s, reverse)[-1] for s in kept[:count])
+        return *(t.clone() for t in results), *kept  # may be written into; the buffers must stay
 
     def backward(*tensors: Any) -> tuple[Callable[[], Any], ...]:
         g, last, x, initial = tensors[0], tensors[1 : 1 + count], tensors[1 + count], tensors[2 + count : 2 + 2 * count]
