@@ -113,6 +113,7 @@ class _Pass:
         self.bypassed: set[str] = set()
         self.norms: dict[str, Tensor] | None = None
         self.regions: Any = None  # of compiled code: see ghostgrad.compiled
+        self.observe: Callable[[Sequence[_Node], Callable[[], Any]], Any] | None = None  # runs the collectors of some nodes, for ghostgrad.explain
 
     def expect_backward(self) -> None:
         """Another backward will be read apart from those before it."""
@@ -246,11 +247,12 @@ class _Collect(torch.autograd.Function):
         nodes: tuple[_Node, ...] = ctx.nodes
         if not nodes[0].owner.armed:
             return (None, None, *grads, *(None,) * len(nodes))
+        observe = nodes[0].owner.observe
         if ctx.layer is not None:
-            return (None, None, *ctx.layer.collect(grads))
+            return (None, None, *(ctx.layer.collect(grads) if observe is None else observe(nodes, lambda: ctx.layer.collect(grads))))
         for node, grad in zip(nodes, grads):
             node.refuse(grad)
-        collected = [node.collect() for node in nodes]
+        collected = [node.collect() if observe is None else observe((node,), node.collect) for node in nodes]
         return (None, None, *(grad for grad, _ in collected), *(sqnorm for _, sqnorm in collected))
 
 
