@@ -282,25 +282,25 @@ def _scaled(number: float, units: Sequence[str], step: int = 1000) -> str:
 
 
 class _Observer:
-    """Runs a tap's collectors: counts what each does, or measures how long it takes."""
+    """Runs a tap's collectors: counts what each does, or measures how long it takes. What several have in common is in the account of the first."""
 
     def __init__(self, wait: Callable[[], None] | None = None):
         self.wait = wait  # for the device; None: count
         self.costs: dict[_Node, list[Cost]] = {}
         self.seconds: dict[_Node, float] = {}
 
-    def __call__(self, node: _Node) -> tuple[Tensor | None, Tensor | None]:
+    def __call__(self, nodes: Sequence[_Node], collect: Callable[[], Any]) -> Any:
         if self.wait is None:
             with CostCounterMode() as counter:
-                collected = node.collect()
-            if collected[1] is not None or counter.costs:  # else the loss does not reach it
-                self.costs[node] = counter.costs
+                collected = collect()
+            if counter.costs or any(t is not None for t in collected):  # else the loss does not reach them
+                self.costs |= {node: counter.costs if i == 0 else [] for i, node in enumerate(nodes)}
             return collected
         self.wait()
         start = time.perf_counter()
-        collected = node.collect()
+        collected = collect()
         self.wait()
-        self.seconds[node] = time.perf_counter() - start
+        self.seconds[nodes[0]] = time.perf_counter() - start
         return collected
 
 
