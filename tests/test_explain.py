@@ -354,8 +354,8 @@ def test_compiled_models_are_refused() -> None:
 # --- counting ---
 
 
-def test_every_op_has_a_formula() -> None:
-    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("ghostgrad::")}
+def test_every_op_that_gives_norms_has_a_formula() -> None:
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("ghostgrad::") and name.endswith("sqnorm")}
     assert registered == {op.name() for op in _FORMULAS}
 
 
