@@ -120,7 +120,7 @@ def test_tied_embedding_is_one_row() -> None:
     row = explained(Transformer(V, d, tied=True), torch.randint(V, (B, T)), wgrad=False)["tokens.weight"]
     plan = ops.plan(B, T, d, V)
     assert row.uses == {"embedding": 1, "linear": 1}
-    assert sorted(row.formula.split(", ")) == sorted([plan.formula, "embedding", "product"])
+    assert sorted(row.formula.split(", ")) == sorted([plan.formula, "embedding", "matmul"])
     assert row.flops == plan.flops + 2 * B * T * d + 2 * B * T * T * d  # head, embedding, and the inner product of the two
     assert row.sizes == {"B": B, "T": T, "p": d, "d": V}
 
@@ -160,7 +160,7 @@ def test_a_function_of_parameters_has_a_row_of_its_own() -> None:
     assert list(rows) == ["w", "exp(w)"]
     assert (rows["w"].formula, rows["w"].uses, rows["w"].derived) == ("squares", {"matmul": 1}, False)
     copies = rows["exp(w)"]
-    assert (copies.formula, copies.derived, copies.shape) == ("copies, product", True, (D, 5))
+    assert (copies.formula, copies.derived, copies.shape) == ("copies, matmul", True, (D, 5))
     assert copies.flops == 2 * B * D * 5  # b_i^T a_i with one position
     assert copies.bytes > 4 * 3 * B * D * 5  # written, read, and written again
 
@@ -177,7 +177,7 @@ def test_rows_in_any_order() -> None:
 
     row = explained(Lambda(shuffled, w=(d, p)), torch.randn(B, T, p))["w"]
     plan = ops.plan(B, T, p, d)
-    assert (row.formula, row.sizes) == (f"product, {plan.formula}", {"B": B, "T": T, "p": p, "d": d})
+    assert (row.formula, row.sizes) == (f"matmul, {plan.formula}", {"B": B, "T": T, "p": p, "d": d})
     assert row.flops == plan.flops + 2 * B * T * p * d
 
 
@@ -373,8 +373,8 @@ def test_counting() -> None:
     assert [(cost.formula, cost.flops, cost.bytes) for cost in counter.costs] == [
         ("", 0, 4 * (24 + 6 + 24)),
         ("", 0, 4 * (24 + 24)),
-        ("product", 2 * 4 * 6 * 4, 4 * (24 + 24 + 16 + 16)),
-        ("product", 2 * 4 * 6 * 4, 4 * (24 + 24 + 16)),
+        ("matmul", 2 * 4 * 6 * 4, 4 * (24 + 24 + 16 + 16)),
+        ("matmul", 2 * 4 * 6 * 4, 4 * (24 + 24 + 16)),
         ("", 0, 4 * (24 + 6)),
         ("", 0, 4 * 24 + 12 * 24),
         ("", 0, 4 * (24 + 24 + 24)),

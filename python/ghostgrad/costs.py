@@ -45,7 +45,7 @@ class Cost:
 
     formula: str
     """``"row"``, ``"gram"``, ``"outer"`` and ``"fused"`` as in :class:`ghostgrad.ops.Plan`; ``"affine"``, ``"embedding"``, ``"squares"`` (of per-sample
-    gradients that are there); ``"product"`` for a matrix product of torch; for other ops of torch ``""``."""
+    gradients that are there); ``"matmul"`` for a matrix product of torch; for other ops of torch ``""``."""
     sizes: dict[str, int]
     """By the letters of :mod:`ghostgrad.ops`; none for ops of torch."""
     flops: float
@@ -129,7 +129,7 @@ _FORMULAS: dict[Any, Callable[..., _Formula]] = {
     _own.affine_sqnorm.default: _affine,
 }
 
-_PRODUCTS = frozenset("mm bmm addmm baddbmm".split())
+_MATMULS = frozenset("mm bmm addmm baddbmm".split())
 _SIMPLE_PASSES = frozenset("sum cat stack clone copy_ _to_copy fill_ zero_ zeros new_zeros constant_pad_nd".split())
 
 
@@ -160,11 +160,11 @@ def cost_of(op: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> C
         count = flop_registry.get(op._overloadpacket)
         flops = count(*args, **kwargs, out_val=out) if count is not None else 0
         seconds: float | None = None
-        if name in _PRODUCTS and results[0].dtype in ops._DTYPES:
+        if name in _MATMULS and results[0].dtype in ops._DTYPES:
             seconds = _C.product_seconds(flops, ops._DTYPES[results[0].dtype], results[0].device.type)
         elif name in _SIMPLE_PASSES or torch.Tag.pointwise in op.tags:
             seconds = 0
-        label, sizes, passes = ("product" if name in _PRODUCTS else ""), dict[str, int](), 1
+        label, sizes, passes = ("matmul" if name in _MATMULS else ""), dict[str, int](), 1
     else:
         label, sizes, flops, seconds, passes = formula(*args, **kwargs)
     moved = passes * _bytes(operands) + _bytes(results)
