@@ -307,7 +307,7 @@ def test_functional_code() -> None:
     w, c, x, y = (torch.randn(n, requires_grad=n in ((6, 5), (5,))) for n in ((6, 5), (5,), (4, 6), (4,)))
     for params in ({"w": w, "c": c}, [w, c], iter([w, c])):
         report = gg.explain(lambda x: torch.tanh(x @ w + c), loss_fn, x, y, params=params, repetitions=2)
-        assert [row.formula for row in report.rows] == ["row", "squares"]
+        assert [row.uses for row in report.rows] == [{"matmul": 1}, {"add": 1}]
         assert [row.name for row in report.rows] == (["w", "c"] if isinstance(params, dict) else ["0", "1"])
     with pytest.raises(TypeError, match="parameters must be given"):
         gg.explain(lambda x: x @ w, loss_fn, x, y)
