@@ -38,8 +38,7 @@ def product_bytes(B: int, T: int, p: int, d: int, formula: str, wgrad: bool, siz
 @pytest.mark.parametrize("shape", [(16, 1, 24, 40), (4, 8, 96, 64), (3, 200, 12, 20), (2, 96, 96, 96)], ids=str)
 def test_linear(shape: tuple[int, int, int, int], dtype: torch.dtype, wgrad: bool) -> None:
     B, T, p, d = shape
-    x = torch.randn(B, p, dtype=dtype) if T == 1 else torch.randn(B, T, p, dtype=dtype)
-    rows = explained(nn.Linear(p, d, dtype=dtype), x, wgrad=wgrad)
+    rows = explained(nn.Linear(p, d, dtype=dtype), torch.randn(B, T, p, dtype=dtype), wgrad=wgrad)
     weight, bias, plan, size = rows["weight"], rows["bias"], ops.plan(*shape, dtype=dtype, wgrad=wgrad), dtype.itemsize
     assert (weight.formula, weight.sizes, weight.uses, weight.shape) == (plan.formula, {"B": B, "T": T, "p": p, "d": d}, {"linear": 1}, (d, p))
     product = 2 * T * p * d
@@ -49,6 +48,19 @@ def test_linear(shape: tuple[int, int, int, int], dtype: torch.dtype, wgrad: boo
     assert (bias.formula, bias.sizes) == (("squares", {"B": B, "N": d}) if T == 1 else ("affine", {"B": B, "T": T, "d": d}))
     assert bias.flops == B * d * (T - 1 + 2 + wgrad)  # add up; square and add; add once more for the gradient
     assert bias.bytes == B * T * d * size + (B + (d if wgrad else 0)) * max(size, 4)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_layers_on_single_positions(biased: bool) -> None:
+    """With a weight gradient torch's own operation runs, and the norms of weight and bias are products of two numbers for each sample."""
+    B, p, d = 16, 24, 40
+    rows = explained(nn.Linear(p, d, bias=biased), torch.randn(B, p))
+    weight = rows["weight"]
+    assert (weight.formula, weight.flops, weight.sizes) == ("squares x2", 2 * B * (p + d), {"B": B, "N": d})
+    assert weight.bytes == 4 * (B * (p + d) + 2 * B + 3 * B)
+    if biased:
+        assert (rows["bias"].formula, rows["bias"].bytes) == ("shared", 0)
+    assert explained(nn.Linear(p, d, bias=biased), torch.randn(B, p), wgrad=False)["weight"].formula == "row"
 
 
 def test_all_formulas_of_a_product_occur() -> None:

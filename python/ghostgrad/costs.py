@@ -201,7 +201,7 @@ class ExplainRow:
     shape: tuple[int, ...]
     derived: bool
     uses: dict[str, int]  # operation -> how often; uses are added before they are squared, so this is one cost
-    formula: str  # as in Cost, in the order in which they ran; "shared" if another parameter's row has the pass over the data
+    formula: str  # as in Cost, in the order in which they ran; "shared" if another row of the layer has it, or the layer's own backward pass
     sizes: dict[str, int]  # of the op with the most FLOPs, by the letters of ghostgrad.ops: B samples, T positions, p in-features, d out-features
     flops: float
     bytes: float
@@ -367,8 +367,8 @@ def explain(
 
     A parameter's row is what runs where all of its uses meet: they are joined (along T, if they are products), squared, and with ``wgrad`` the weight
     gradient is formed, often by the same op. So FLOPs, bytes and times *include* the weight gradient, which a plain step forms as well; the ratio in the last
-    line says what the norms add to a step. How they are counted: :mod:`ghostgrad.costs`. Not in a row: the forward pass, the gradients of activations, and
-    the copies of a parameter that an operation without a rule works on.
+    line says what the norms add to a step. How they are counted: :mod:`ghostgrad.costs`. Not in a row: the forward pass, the gradients of activations, the
+    copies of a parameter that an operation without a rule works on, and the weight gradient of a linear layer on single positions, which is left to torch.
 
     Args:
         model, loss_fn, batch, reduction, params, options: as for :func:`sqnorms`. ``.grad``, buffers, modes and random number generators stay as they are.

@@ -165,6 +165,11 @@ class _Node:
         """Runs in backward when all uses are in: the gradients of ``source`` and of the tap. ``grad``: that of the only use, if it is there already."""
         raise NotImplementedError
 
+    def observed(self, grad: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """:meth:`collect`, by way of who observes it."""
+        observe = self.owner.observe
+        return self.collect(grad) if observe is None else observe((self,), lambda: self.collect(grad))
+
     def release(self) -> None:
         self._attached = self._in_layer = None
         self._pending.clear()
@@ -247,12 +252,11 @@ class _Collect(torch.autograd.Function):
         nodes: tuple[_Node, ...] = ctx.nodes
         if not nodes[0].owner.armed:
             return (None, None, *grads, *(None,) * len(nodes))
-        observe = nodes[0].owner.observe
         if ctx.layer is not None:
-            return (None, None, *(ctx.layer.collect(grads) if observe is None else observe(nodes, lambda: ctx.layer.collect(grads))))
+            return (None, None, *ctx.layer.collect(grads))
         for node, grad in zip(nodes, grads):
             node.refuse(grad)
-        collected = [node.collect() if observe is None else observe((node,), node.collect) for node in nodes]
+        collected = [node.observed() for node in nodes]
         return (None, None, *(grad for grad, _ in collected), *(sqnorm for _, sqnorm in collected))
 
 
@@ -307,7 +311,7 @@ class _Layer:
             for node, grad in zip(nodes, grads):
                 node.refuse(grad)
         if b is None or self._task != task:  # the parameters' other uses alone
-            collected = [node.collect() for node in nodes]
+            collected = [node.observed() for node in nodes]
             return (*(grad for grad, _ in collected), *(sqnorm for _, sqnorm in collected))
         self._b = None
         if x is None:  # the second backward through this graph, which sqnorms() refuses
@@ -323,12 +327,13 @@ class _Layer:
             for node, grad in zip(nodes, grads):
                 node.reach()
                 node.hand_out(grad)
-            sqnorm = ops.linear_sqnorm(x, b, bias=len(nodes) > 1)
+            observe, both = nodes[0].owner.observe, len(nodes) > 1
+            sqnorm = ops.linear_sqnorm(x, b, both) if observe is None else observe(nodes, lambda: ops.linear_sqnorm(x, b, both))
             return (*grads, sqnorm if sqnorm.dtype == nodes[0].leaf.dtype else sqnorm.to(nodes[0].leaf), *(None,) * (len(nodes) - 1))
         nodes[0].add(Outer(x.unsqueeze(1), b.unsqueeze(1)), None)
         if len(nodes) > 1:
             nodes[1].add(Affine(Positions(b[:, None, :, None]), False, b.shape[1:]), None)
-        collected = [node.collect(grad) for node, grad in zip(nodes, grads)]
+        collected = [node.observed(grad) for node, grad in zip(nodes, grads)]
         return (*(grad for grad, _ in collected), *(sqnorm for _, sqnorm in collected))
 
 
