@@ -11,7 +11,7 @@ import pytest
 import ghostgrad
 
 PACKAGE = Path(ghostgrad.__file__).parent
-ORDER = "errors _C reference samplewise layout ops contributions rules layers recurrent distributed tap compiled norms training papers cli".split()
+ORDER = "errors _C reference samplewise layout ops contributions rules layers recurrent distributed tap compiled norms costs training papers cli".split()
 
 
 def imported(path: Path) -> set[str]:

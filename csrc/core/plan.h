@@ -36,10 +36,11 @@ struct Problem {
 struct Plan {
   Norm norm;
   double flops;  // of everything asked for, the weight gradient included
+  double time;   // expected, in nanoseconds of one thread: of the operations alone, not of moving their operands
 };
 
-// How fast the formulas run, in operations per nanosecond and thread; only ratios matter. `vendor` is PyTorch's own
-// matrix product, `product` the panels of outer and fused, `gram` the blocks of inner products.
+// How fast the formulas run, in operations per nanosecond and thread; the choice sees ratios alone. `vendor` is
+// PyTorch's own matrix product, `product` the panels of outer and fused, `gram` the blocks of inner products.
 struct Speeds {
   double vendor, product, gram;
 };
@@ -72,21 +73,21 @@ constexpr Plan plan(const Problem& problem) {
   const double B = static_cast<double>(problem.batch), T = static_cast<double>(problem.positions);
   const double p = static_cast<double>(problem.in_features), d = static_cast<double>(problem.out_features);
   const double wgrad_flops = problem.wgrad ? B * 2 * T * p * d : 0;
-  if (problem.positions <= 1) return Plan{Norm::kRow, B * 2 * (p + d) + wgrad_flops};
-
   const Speeds speed = speeds(problem.dtype, problem.machine);
+  const double wgrad_time = problem.wgrad ? 2 * T * p * d / speed.vendor : 0;
+  if (problem.positions <= 1) return Plan{Norm::kRow, B * 2 * (p + d) + wgrad_flops, B * wgrad_time};
+
   const double pairs = T * (T + 4) / 2;  // of positions, in blocks of about four
   const double gram_time = pairs * (2 * (p + d) + kPairOverhead) / speed.gram;
   const double outer_time = (2 * T + kSquareOverhead) * p * d / speed.product;
   const double fused_time = (2 * T + kCarryOverhead) * p * d / speed.product;
-  const double wgrad_time = 2 * T * p * d / speed.vendor;
 
   const bool gram_wins = gram_time <= outer_time;
   if (problem.wgrad && fused_time <= wgrad_time + (gram_wins ? gram_time : outer_time)) {
-    return Plan{Norm::kFused, B * (2 * T * p * d + 4 * p * d)};
+    return Plan{Norm::kFused, B * (2 * T * p * d + 4 * p * d), B * fused_time};
   }
-  if (gram_wins) return Plan{Norm::kGram, B * T * T * (p + d) + wgrad_flops};
-  return Plan{Norm::kOuter, B * (2 * T * p * d + 2 * p * d) + wgrad_flops};
+  if (gram_wins) return Plan{Norm::kGram, B * T * T * (p + d) + wgrad_flops, B * (gram_time + wgrad_time)};
+  return Plan{Norm::kOuter, B * (2 * T * p * d + 2 * p * d) + wgrad_flops, B * (outer_time + wgrad_time)};
 }
 
 // The same for a convolution's weight, where p are the input channels of a group times kernel offsets and d the output
@@ -117,14 +118,14 @@ constexpr Plan conv_plan(const ConvProblem& problem) {
   const double gram_time = (pairs * (2 * (p + d) + kPairOverhead) + kPatchOverhead * T * p) / speed.gram;
   const double outer_time = (2 * T + kSquareOverhead) * p * d / speed.product;
   const double fused_time = (2 * T + kCarryOverhead) * p * d / speed.product;
-  const double wgrad_time = 2 * T * p * d / speed.vendor;
+  const double wgrad_time = problem.wgrad ? 2 * T * p * d / speed.vendor : 0;
 
   const bool gram_wins = problem.machine != Machine::kCuda && gram_time <= outer_time;
   if (problem.wgrad && (!gram_wins || fused_time <= wgrad_time + gram_time)) {
-    return Plan{Norm::kFused, B * (2 * T * p * d + 4 * p * d)};
+    return Plan{Norm::kFused, B * (2 * T * p * d + 4 * p * d), B * fused_time};
   }
-  if (gram_wins) return Plan{Norm::kGram, B * T * T * (p + d) + wgrad_flops};
-  return Plan{Norm::kOuter, B * (2 * T * p * d + 2 * p * d)};
+  if (gram_wins) return Plan{Norm::kGram, B * T * T * (p + d) + wgrad_flops, B * (gram_time + wgrad_time)};
+  return Plan{Norm::kOuter, B * (2 * T * p * d + 2 * p * d), B * outer_time};
 }
 
 }  // namespace ghostgrad::core

@@ -23,6 +23,7 @@ from .contributions import Outer as Outer
 from .contributions import Positions as Positions
 from .contributions import Rows as Rows
 from .contributions import Segments as Segments
+from .costs import explain as explain
 from .errors import BatchCouplingError as BatchCouplingError
 from .errors import GhostgradError as GhostgradError
 from .errors import TapStateError as TapStateError

@@ -565,6 +565,8 @@ class Plan(NamedTuple):
     """``"row"`` (T = 1: ``||a_i||^2 ||b_i||^2``), ``"gram"``, ``"outer"``, or ``"fused"`` with the weight gradient."""
     flops: float
     """Floating-point operations of everything asked for, the weight gradient included."""
+    seconds: float
+    """What those are expected to take on one thread, where they and not memory set the pace. Calibrated on one machine; on CUDA it is a guess."""
 
 
 def plan(B: int, T: int, p: int, d: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", wgrad: bool = False) -> Plan:

@@ -114,6 +114,7 @@ class _Pass:
         self.bypassed: set[str] = set()
         self.norms: dict[str, Tensor] | None = None
         self.regions: Any = None  # of compiled code: see ghostgrad.compiled
+        self.observe: Callable[[Sequence[_Node], Callable[[], Any]], Any] | None = None  # runs the collectors of some nodes, for ghostgrad.explain
 
     def expect_backward(self) -> None:
         """Another backward will be read apart from those before it."""
@@ -164,6 +165,11 @@ class _Node:
     def collect(self, grad: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """Runs in backward when all uses are in: the gradients of ``source`` and of the tap. ``grad``: that of the only use, if it is there already."""
         raise NotImplementedError
+
+    def observed(self, grad: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """:meth:`collect`, by way of who observes it."""
+        observe = self.owner.observe
+        return self.collect(grad) if observe is None else observe((self,), lambda: self.collect(grad))
 
     def release(self) -> None:
         self._attached = self._in_layer = None
@@ -251,7 +257,7 @@ class _Collect(torch.autograd.Function):
             return (None, None, *ctx.layer.collect(grads))
         for node, grad in zip(nodes, grads):
             node.refuse(grad)
-        collected = [node.collect() for node in nodes]
+        collected = [node.observed() for node in nodes]
         return (None, None, *(grad for grad, _ in collected), *(sqnorm for _, sqnorm in collected))
 
 
@@ -306,7 +312,7 @@ class _Layer:
             for node, grad in zip(nodes, grads):
                 node.refuse(grad)
         if b is None or self._task != task:  # the parameters' other uses alone
-            collected = [node.collect() for node in nodes]
+            collected = [node.observed() for node in nodes]
             return (*(grad for grad, _ in collected), *(sqnorm for _, sqnorm in collected))
         self._b = None
         if x is None:  # the second backward through this graph, which sqnorms() refuses
@@ -322,12 +328,13 @@ class _Layer:
             for node, grad in zip(nodes, grads):
                 node.reach()
                 node.hand_out(grad)
-            sqnorm = ops.linear_sqnorm(x, b, bias=len(nodes) > 1)
+            observe, both = nodes[0].owner.observe, len(nodes) > 1
+            sqnorm = ops.linear_sqnorm(x, b, both) if observe is None else observe(nodes, lambda: ops.linear_sqnorm(x, b, both))
             return (*grads, sqnorm if sqnorm.dtype == nodes[0].leaf.dtype else sqnorm.to(nodes[0].leaf), *(None,) * (len(nodes) - 1))
         nodes[0].add(Outer(x.unsqueeze(1), b.unsqueeze(1)), None)
         if len(nodes) > 1:
             nodes[1].add(Affine(Positions(b[:, None, :, None]), False, b.shape[1:]), None)
-        collected = [node.collect(grad) for node, grad in zip(nodes, grads)]
+        collected = [node.observed(grad) for node, grad in zip(nodes, grads)]
         return (*(grad for grad, _ in collected), *(sqnorm for _, sqnorm in collected))
 
 
