@@ -18,9 +18,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from step import KEEP_MEMORY
 
 from ghostgrad import ops
+from ghostgrad.bench.measure import ALLOCATORS
 
 
 class Layer(NamedTuple):
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not arguments.child:
-        subprocess.run([sys.executable, *sys.argv, "--child"], env=os.environ | KEEP_MEMORY, check=True)
+        subprocess.run([sys.executable, *sys.argv, "--child"], env=os.environ | ALLOCATORS["kept"], check=True)
         return
     torch.set_num_threads(arguments.threads)
     print(f"{'B':>3} {'c':>4} {'size':>4} {'d':>4} {'kernel':>6} {'stride':>6} {'groups':>6} {'plain ms':>9} {'null':>6} {'both':>6} {'alone':>6}")
