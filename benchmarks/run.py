@@ -1,6 +1,6 @@
 """What norms cost, step by step: every problem of ``ghostgrad.bench`` by our methods and by the peers, merged into one file of results.
 
-    python benchmarks/run.py --out benchmarks/results/NAME.json [--problems mlp lm] [--methods ours peers] [--threads 1] [--compile]
+    python benchmarks/run.py [--out benchmarks/results/cpu-avx512.json] [--problems mlp lm] [--methods ours peers] [--threads 1] [--compile]
                              [--allocator kept] [--processes 3] [--pairs 9] [--seconds 60] [--memory] [--resume]
 
 Our methods are measured together in ``--processes`` fresh processes, every peer in as many of its own. ``--seconds`` bounds a method's time in a process: a
@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from peers import PEERS, installed
+from store import RESULTS, Results
 
 import ghostgrad
 from ghostgrad.bench import measure, steps
@@ -32,39 +31,19 @@ GROUPS = {
     # dearer than torchjd, which names it for models that break a condition that all of these keep; by its own name it can be measured
     "peers": tuple(name for name, peer in PEERS.items() if installed(peer) and name != "torchjd-unbatched"),
 }
-KEY = ("problem", "method", "threads", "compiled", "allocator")  # what identifies a row
 
 
-class Results:
-    """The file: one environment, and rows of measurements in it."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        packages = sorted({peer.package for peer in PEERS.values() if installed(peer)} - {"torch"})
-        versions = {"ghostgrad": ghostgrad.__version__, **{package: importlib.metadata.version(package) for package in packages}}
-        here = {**measure.environment(), "versions": versions}
-        stored = json.loads(path.read_text()) if path.exists() else {"environment": here, "rows": []}
-        theirs = stored["environment"]
-        versions = {**theirs["versions"], **versions}  # an environment without the peers may add our rows
-        if theirs | {"versions": versions} != here | {"versions": versions}:
-            raise SystemExit(f"{path} was measured elsewhere:\n  there {theirs}\n  here  {here}\nGive another --out.")
-        self.environment, self.rows = theirs | {"versions": versions}, stored["rows"]
-
-    def find(self, **key: Any) -> dict[str, Any] | None:
-        return next((row for row in self.rows if all(row[name] == key[name] for name in KEY)), None)
-
-    def put(self, row: dict[str, Any]) -> None:
-        found = self.find(**row)
-        self.rows = [row if each is found else each for each in self.rows] + [row] * (found is None)
-        order = {name: i for i, name in enumerate([*PROBLEMS, *METHODS])}
-        self.rows.sort(key=lambda row: (row["threads"], row["compiled"], row["allocator"] != "kept", order[row["problem"]], order[row["method"]]))
-
-    def save(self) -> None:
-        lines = ",\n  ".join(json.dumps(row) for row in self.rows)  # a row a line: its history can be read
-        text = f'{{\n "environment": {json.dumps(self.environment)},\n "rows": [\n  {lines}\n ]\n}}\n'
-        part = self.path.with_suffix(".part")
-        part.write_text(text)
-        os.replace(part, self.path)
+def open_results(path: Path) -> Results:
+    """The file's, or new ones; an environment without the peers may add our rows to those of one with them."""
+    packages = sorted({peer.package for peer in PEERS.values() if installed(peer)} - {"torch"})
+    versions = {"ghostgrad": ghostgrad.__version__, **{package: importlib.metadata.version(package) for package in packages}}
+    here = {**measure.environment(), "versions": versions}
+    results = Results.load(path) if path.exists() else Results(here, [])
+    try:
+        results.merge_environment(here)
+    except ValueError as error:
+        raise SystemExit(f"{path}: {error}\nGive another --out.") from None
+    return results
 
 
 def ask(problem: str, methods: tuple[str, ...], arguments: argparse.Namespace, **request: Any) -> dict[str, Any]:
@@ -85,7 +64,8 @@ def time_them(problem: str, methods: tuple[str, ...], arguments: argparse.Namesp
         answer = ask(problem, methods, arguments, pairs=arguments.pairs, seconds=arguments.seconds)
         for name, found in answer.items():
             verdict = {key: found.pop(key) for key in ("verdict", "message")}
-            verdicts[name] = verdict if verdicts.get(name, verdict)["verdict"] == "ok" else verdicts[name]  # one failure is kept
+            if name not in verdicts or verdicts[name]["verdict"] == "ok":  # one failure is kept
+                verdicts[name] = verdict
             processes[name] += [found] * bool(found)
         if not any(answer.values()) or any(found and found["pairs"] < arguments.pairs for found in answer.values()):
             break  # nothing to time, or too slow for more
@@ -106,7 +86,7 @@ def main() -> None:
     if "--child" in sys.argv[1:2]:
         return steps.main(METHODS)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the file of results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the file of results")
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, metavar="PROBLEM", help=f"of {', '.join(PROBLEMS)}")
     names = [*GROUPS, *METHODS]
     parser.add_argument("--methods", nargs="+", choices=names, default=list(GROUPS), metavar="METHOD", help=f"of {', '.join(names)}")
@@ -120,7 +100,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="measure peak memory instead of time")
     parser.add_argument("--resume", action="store_true", help="leave out what the file has")
     arguments = parser.parse_args()
-    results = Results(arguments.out)
+    results = open_results(arguments.out)
     ours = tuple(name for name in GROUPS["ours"] if name in arguments.methods or "ours" in arguments.methods)
     peers = [(name,) for name in PEERS if name in arguments.methods or ("peers" in arguments.methods and name in GROUPS["peers"])]
     key = {"threads": arguments.threads, "compiled": arguments.compile, "allocator": arguments.allocator}
@@ -136,7 +116,7 @@ def main() -> None:
                     before = results.find(**row) or {}
                     results.put(row | {name: before[name] for name in ("peak_mib",) if name in before})
                     show(row)
-            results.save()
+            results.save(arguments.out)
 
 
 if __name__ == "__main__":

@@ -71,10 +71,8 @@ def main(argv: list[str] | None = None) -> int:
         cells = [f"{found['ratio']:.2f}" if "ratio" in found else "-" for found in rows[name].values()]
         plain = next((f"{found['plain_ms']:.4g} ms" for found in rows[name].values() if "plain_ms" in found), "-")
         print(f"{plain:>12}{cells[0]:>8}{cells[1]:>10}{cells[2]:>8}", flush=True)
-    failures = [
-        f"{name}, {method}: {found['verdict']}. {found['message']}" for name, row in rows.items() for method, found in row.items() if "ratio" not in found
-    ]
-    for line in dict.fromkeys(failures):
+    failures = dict.fromkeys(f"{name}: {found['verdict']}. {found['message']}" for name, row in rows.items() for found in row.values() if "ratio" not in found)
+    for line in failures:
         print(f"ghostgrad bench: {line}", file=sys.stderr)
     print(HOW_TO_READ)
     if options.out:
