@@ -6,6 +6,7 @@ python benchmarks/figures.py [--results benchmarks/results/cpu-avx512.json] [--o
 from __future__ import annotations
 
 import argparse
+import math
 import textwrap
 from pathlib import Path
 
@@ -42,13 +43,14 @@ def step_cost(results: Results) -> Figure:
     """Every method's step over the plain one, a line per problem; what is wrong or refused is not there."""
     problems, peers = results.problems(), [method for method in STYLES if method in PEERS]
     half = len(peers) // 2  # above the line that ours lie on, and the others below it, so that near ones can be told apart
-    height = {method: 0.3 * (i - half + (i >= half)) / half for i, method in enumerate(peers)}
+    steps = {method: i - half + (i >= half) for i, method in enumerate(peers)}  # ..., -2, -1, 1, 2, ...
+    height = {method: 0.07 * step + math.copysign(0.06, step) for method, step in steps.items()}
     figure = Figure(figsize=(9.5, 1.6 + 0.62 * len(problems)), layout="constrained")
     ax = figure.subplots()
     for y, problem in enumerate(problems):
         ax.axhline(y, color="0.9", linewidth=0.8, zorder=0)
         if problem in GOALS:
-            ax.plot([GOALS[problem]] * 2, [y - 0.38, y + 0.38], color="black", linewidth=1.2, zorder=1)
+            ax.plot([GOALS[problem]] * 2, [y - 0.42, y + 0.42], color="black", linewidth=1.2, zorder=1)
         for method, (_, marker, colour, filled) in reversed(STYLES.items()):  # ours on top
             row = results.find(problem, method)
             if row and row["verdict"] == "ok":
@@ -63,7 +65,8 @@ def step_cost(results: Results) -> Figure:
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_yticks(range(len(problems)), [textwrap.fill(title(problem), 36) for problem in problems], fontsize=8)
+    labels = [textwrap.fill(title(problem).replace(" = ", "\u00a0=\u00a0").replace(" x ", "\u00a0x\u00a0"), 36) for problem in problems]
+    ax.set_yticks(range(len(problems)), labels, fontsize=8)
     ax.tick_params(left=False)
     ax.set_ylim(len(problems) - 0.4, -0.6)
     ax.set_xlabel("time of a step over the plain training step (log scale)")

@@ -63,11 +63,12 @@ def time_them(problem: str, methods: tuple[str, ...], arguments: argparse.Namesp
     for _ in range(arguments.processes):
         answer = ask(problem, methods, arguments, pairs=arguments.pairs, seconds=arguments.seconds)
         for name, found in answer.items():
-            verdict = {key: found.pop(key) for key in ("verdict", "message")}
             if name not in verdicts or verdicts[name]["verdict"] == "ok":  # one failure is kept
-                verdicts[name] = verdict
-            processes[name] += [found] * bool(found)
-        if not any(answer.values()) or any(found and found["pairs"] < arguments.pairs for found in answer.values()):
+                verdicts[name] = {key: found[key] for key in ("verdict", "message")}
+        timed = {name: {key: found[key] for key in ("pairs", "plain_ms", "ratio", "low", "high")} for name, found in answer.items() if "ratio" in found}
+        for name, numbers in timed.items():
+            processes[name].append(numbers)
+        if not timed or any(numbers["pairs"] < arguments.pairs for numbers in timed.values()):
             break  # nothing to time, or too slow for more
     key = {"threads": arguments.threads, "compiled": arguments.compile, "allocator": arguments.allocator}
     return [{"problem": problem, "method": name, **key, **verdicts[name], "processes": processes[name]} for name in methods]
