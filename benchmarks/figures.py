@@ -35,6 +35,7 @@ STYLES = {
     "opacus-functorch": (PEERS["opacus-functorch"].title, "D", "#edae49", False),
     "backpack": (PEERS["backpack"].title, "P", "#6a4c93", True),
     "torchjd": (PEERS["torchjd"].title, "*", "#52796f", True),
+    "torchjd-unbatched": (PEERS["torchjd-unbatched"].title, "*", "#52796f", False),
     "expanded-weights": (PEERS["expanded-weights"].title, "h", "#7f8c9a", True),
 }
 

@@ -26,11 +26,7 @@ from ghostgrad.bench import measure, steps
 from ghostgrad.bench.problems import COMPILED, PROBLEMS
 
 METHODS = {**steps.METHODS, **{name: peer.prepare for name, peer in PEERS.items()}}
-GROUPS = {
-    "ours": tuple(steps.METHODS),
-    # dearer than torchjd, which names it for models that break a condition that all of these keep; by its own name it can be measured
-    "peers": tuple(name for name, peer in PEERS.items() if installed(peer) and name != "torchjd-unbatched"),
-}
+GROUPS = {"ours": tuple(steps.METHODS), "peers": tuple(name for name, peer in PEERS.items() if installed(peer))}
 
 
 def open_results(path: Path) -> Results:
@@ -107,6 +103,9 @@ def main() -> None:
     key = {"threads": arguments.threads, "compiled": arguments.compile, "allocator": arguments.allocator}
     for problem in arguments.problems or (COMPILED if arguments.compile else PROBLEMS):
         for methods in [*([ours] if ours else []), *peers]:
+            refused = (results.find(problem=problem, method="torchjd", **key) or {"verdict": ""})["verdict"].startswith("error")
+            if methods == ("torchjd-unbatched",) and not refused and "torchjd-unbatched" not in arguments.methods:
+                continue  # TorchJD names it as the dearer way, for models that batch_dim=0 refuses
             found = [results.find(problem=problem, method=name, **key) for name in methods]
             if arguments.memory:
                 for row in (row for row in found if row and row["verdict"] == "ok" and not (arguments.resume and "peak_mib" in row)):

@@ -114,7 +114,7 @@ def peak_memory(step: Step, calls: int = 3) -> float | None:
     kept = [step() for _ in range(calls)][-1:]  # as a caller would, the last result is held
     peak = _status("VmHWM") - before - max(0.0, _status("RssFile") - files)
     del kept
-    return peak
+    return round(max(0.0, peak), 3)  # the system counts in batches of pages, so that next to nothing may come out below zero
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

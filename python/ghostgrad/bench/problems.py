@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["COMPILED", "PROBLEMS", "Problem", "build", "title"]
+__all__ = ["COMPILED", "PROBLEMS", "SMALL", "Problem", "build", "title"]
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,17 @@ def lstm(batch: int = 32, length: int = 64, width: int = 128) -> Problem:
 
 PROBLEMS: dict[str, Callable[..., Problem]] = {f.__name__.replace("_", "-"): f for f in (tiny, mlp, cnn, block, wide, lm, vit, lstm, lstm_fused)}
 
+SMALL: dict[str, dict[str, int]] = {  # sizes of the same problems that take milliseconds by any method
+    "tiny": {"batch": 5},
+    "mlp": {"batch": 5, "width": 24},
+    "cnn": {"batch": 4, "size": 8},
+    "block": {"batch": 4, "length": 7, "width": 16},
+    "wide": {"batch": 5, "length": 3, "width": 32},
+    "lm": {"batch": 3, "length": 9, "width": 16, "vocabulary": 13},
+    "vit": {"batch": 3, "size": 24, "width": 12},
+    "lstm": {"batch": 4, "length": 6, "width": 10},
+    "lstm-fused": {"batch": 4, "length": 6, "width": 10},
+}
 COMPILED = [name for name in PROBLEMS if not name.startswith("lstm")]  # torch.compile refuses nn.LSTM
 
 
