@@ -349,6 +349,7 @@ def test_the_documents_tables_are_those_of_the_results(scripts: None) -> None:
     assert fill(text, Results.load(RESULTS)) == text, "make them anew: python benchmarks/tables.py --into docs/performance.md"
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("peer", ["loop", "vmap", "vmap-chunked"])
 @pytest.mark.parametrize("name", ["mlp", "cnn", "lm", "vit"])
 def test_pytorchs_own_ways_are_right(name: str, peer: str, scripts: None) -> None:
