@@ -51,7 +51,7 @@ def extra_memory(results: Results, problem: str, method: str) -> str:
     if not ours or not plain or ours.get("peak_mib") is None or plain.get("peak_mib") is None:
         return ratio(ours) if ours and ours["verdict"] != "ok" else ""
     extra = ours["peak_mib"] - plain["peak_mib"]
-    return f"{extra:+.1f}" + (f" ({100 * extra / plain['peak_mib']:+.0f} %)" if plain["peak_mib"] >= 1 else "")
+    return f"{round(extra, 1) + 0.0:+.1f}" + (f" ({round(100 * extra / plain['peak_mib']) + 0:+d} %)" if plain["peak_mib"] >= 1 else "")
 
 
 def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
