@@ -331,30 +331,50 @@ def _indexed(rows: Tensor, x: Tensor, dim: int, index: Any) -> Tensor:
     return _along_dim(rows, dim, x.dim()).expand(shape)[index]
 
 
+_Shadow = tuple[int | None, int, bool]
+
+
+def _shadows(func: Callable[..., Any], shape: Sequence[int], dim: int, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> list[_Shadow]:
+    """What ``func`` makes of a probe of that shape, without data, whose strides are all different. For each result the dimension of which dimension ``dim``
+    of the probe has become, or None; its number of dimensions; and whether it is a view."""
+    probe = torch.empty([max(size, 2) for size in shape], device="meta")
+    stride = probe.stride(dim)
+    found: list[_Shadow] = []
+    for shadow in _results(func, probe, args, dict(kwargs)):
+        dims = [d for d, s in enumerate(shadow.stride()) if s == stride and shadow.size(d) > 1]
+        found.append((dims[0] if len(dims) == 1 else None, shadow.dim(), shadow._is_view()))
+    return found
+
+
+_known_shadows = functools.lru_cache(maxsize=4096)(_shadows)
+
+
+def _results(func: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    out = func.__self__.__get__(x) if func.__name__ == "__get__" else func(x, *args, **kwargs)  # type: ignore[attr-defined]
+    return [out] if isinstance(out, Tensor) else list(out)
+
+
 def _strided(
     func: Callable[..., Any], x: Tensor, layout: Known, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Sequence[Tensor], batch_size: int
 ) -> list[AnyLayout]:
-    """Runs ``func`` on a probe without data whose strides are all different, and finds the sample dimension by its stride."""
-
-    def run(t: Tensor) -> list[Tensor]:
-        out = func.__self__.__get__(t) if func.__name__ == "__get__" else func(t, *args[1:], **kwargs)  # type: ignore[attr-defined]
-        return [out] if isinstance(out, Tensor) else list(out)
-
-    probe = torch.empty([max(size, 2) for size in x.shape], device="meta")
+    """Runs ``func`` on a probe without data and finds the sample dimension by its stride; once for calls that are alike."""
+    call = func, tuple(x.shape), layout.dim, args[1:], tuple(kwargs.items())
     try:
-        probed = run(probe)
+        try:
+            shadows = _shadows(*call) if tracing() else _known_shadows(*call)
+        except TypeError:  # slices and lists have no hash
+            shadows = _shadows(*call)
     except Exception:
         return [Mixed(f"'{func.__name__}' could not be followed")] * len(outputs)
     found: list[AnyLayout] = []
     parts: list[Tensor] = []  # the samples of the outputs' elements, where a part of the rows is taken
-    for i, (shadow, output) in enumerate(zip(probed, outputs)):
-        dims = [d for d, stride in enumerate(shadow.stride()) if stride == probe.stride(layout.dim) and shadow.size(d) > 1]
-        if shadow._is_view() and len(dims) == 1 and shadow.dim() == output.dim() and output.size(dims[0]) == x.size(layout.dim):
-            found.append(layout.at(dims[0]))
-        elif func.__name__ == "__getitem__" and not (shadow._is_view() and shadow.dim() == output.dim()):
+    for i, ((dim, dims, view), output) in enumerate(zip(shadows, outputs)):
+        if view and dim is not None and dims == output.dim() and output.size(dim) == x.size(layout.dim):
+            found.append(layout.at(dim))
+        elif func.__name__ == "__getitem__" and not (view and dims == output.dim()):
             found.append(_located(_indexed(layout.rows(x, batch_size), x, layout.dim, args[1]), output.shape, batch_size))
         else:
-            parts = parts or run(_along_dim(layout.rows(x, batch_size), layout.dim, x.dim()).expand(x.shape))
+            parts = parts or _results(func, _along_dim(layout.rows(x, batch_size), layout.dim, x.dim()).expand(x.shape), args[1:], kwargs)
             found.append(_located(parts[i], output.shape, batch_size))
     return found
 
