@@ -317,6 +317,94 @@ def test_nan_and_inf_of_affine_sqnorm_stay_with_their_sample(shape: tuple[int, i
     assert torch.equal(dirty.shift[:-1], clean.shift[:-1]) and not dirty.shift[-1].isfinite()
 
 
+# (B, T, d, S, G) for norm_affine
+NORM_SHAPES = [
+    *AFFINE_SHAPES,
+    (2, 300, 33, 1, 1),  # few samples: each in pieces of its rows
+    (1, 2, 5000, 1, 1),  # more channels than are summed in one go
+    (2, 3, 36, 1, 4),  # groups of channels without pixels
+]
+
+
+def norm_operands(
+    B: int, T: int, d: int, S: int, G: int, dtype: torch.dtype, weighted: bool = True, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """b, x, mean, rstd, weight"""
+    return *affine_operands(B, T, d, S, G, dtype, device), draw((d,), accumulation_dtype(dtype), device, 5) if weighted else None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
+def test_norm_affine_is_the_references(shape: tuple[int, int, int, int, int], weighted: bool, dtype: torch.dtype, device: str) -> None:
+    arguments = norm_operands(*shape, dtype, weighted, device)
+    (grad, values), (plain_grad, *plain) = ops.norm_affine(*arguments), reference.norm_affine(*arguments)
+    assert_affine_honest(values, tuple(plain), true_affine(*arguments[:4]))
+    true_grad = reference.norm_affine(*(None if t is None else t.double() for t in arguments))[0]
+    assert grad.dtype == dtype and grad.shape == true_grad.shape
+    scale = float(true_grad.abs().max())
+    assert float((grad - true_grad).abs().max()) <= 2 * float((plain_grad - true_grad).abs().max()) + 4 * torch.finfo(accumulation_dtype(dtype)).eps * scale
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 18, 1, 3), (3, 1, 18, 35, 3), (3, 2, 6, 7, 1), (3, 5, 1, 1, 1), (3, 9, 4, 1, 1)], ids=str)
+def test_norm_affine_of_any_layout(shape: tuple[int, int, int, int, int]) -> None:
+    b, x, mean, rstd, weight = norm_operands(*shape, torch.float64)
+    assert weight is not None
+    truth = reference.norm_affine(b, x, mean, rstd, weight)
+
+    def laid_out(t: Tensor, order: tuple[int, ...]) -> Tensor:
+        return t.permute(order).contiguous().permute([order.index(dim) for dim in range(t.dim())])
+
+    orders = [(0, 1, 2, 3), (0, 1, 3, 2), (0, 2, 1, 3), (0, 3, 2, 1), (3, 2, 1, 0), (1, 0, 2, 3)]
+    cases = [(laid_out(b, order), laid_out(x, other), mean, rstd, weight) for order in orders for other in orders]
+    cases += [(b, x, laid_out(mean, (2, 1, 0)), laid_out(rstd, (1, 0, 2)), weight.repeat_interleave(2)[::2])]
+    for case in cases:
+        grad, affine = ops.norm_affine(*case)
+        swapped = case[1].stride(0) < case[1].stride(1)
+        assert (grad.transpose(0, 1) if swapped else grad).is_contiguous()
+        for value, true in zip((grad, *affine), truth):
+            torch.testing.assert_close(value, true, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 1, 2), (2, 0, 4, 1, 2), (2, 3, 0, 1, 1), (2, 1, 4, 0, 2), (0, 0, 0, 0, 1)], ids=str)
+def test_norm_affine_of_nothing_is_zero(shape: tuple[int, int, int, int, int]) -> None:
+    grad, affine = ops.norm_affine(*norm_operands(*shape, torch.float32))
+    assert grad.shape == shape[:4]
+    for value, size in zip(affine, (shape[2], shape[0], shape[2], shape[0])):
+        assert torch.equal(value, torch.zeros(size))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("shape", [(3, 2, 4, 1, 1), (2, 1, 4, 3, 2)], ids=str)
+def test_gradients_of_norm_affine(shape: tuple[int, int, int, int, int], weighted: bool, device: str) -> None:
+    inputs = tuple(t.requires_grad_() for t in norm_operands(*shape, torch.float64, weighted, device) if t is not None)
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        grad, affine = ops.norm_affine(*tensors)
+        return grad, *affine
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+    constants = tuple(t.detach() for t in inputs)
+    for i, t in enumerate(inputs):  # what does not depend on the only input is no obstacle
+        results = [r for r in function(*constants[:i], t, *constants[i + 1 :]) if r.requires_grad]
+        assert torch.autograd.grad(sum(r.sum() for r in results), t)[0].shape == t.shape
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("shape", [(4, 5, 66, 1, 1), (4, 1, 7, 35, 1)], ids=str)
+def test_nan_and_inf_of_norm_affine_stay_with_their_sample(shape: tuple[int, int, int, int, int], bad: float) -> None:
+    b, x, *rest = norm_operands(*shape, torch.float32)
+    clean_grad, clean = ops.norm_affine(b, x, *rest)
+    b[1, -1, -1, -1], x[2, -1, -1, -1] = bad, bad
+    grad, dirty = ops.norm_affine(b, x, *rest)
+    assert torch.equal(grad[[0, 3]], clean_grad[[0, 3]]) and not grad[[1, 2], -1].isfinite().any()
+    assert torch.equal(dirty.scale_sqnorm[[0, 3]], clean.scale_sqnorm[[0, 3]]) and not dirty.scale_sqnorm[[1, 2]].isfinite().any()
+    assert torch.equal(dirty.shift_sqnorm[[0, 2, 3]], clean.shift_sqnorm[[0, 2, 3]]) and not dirty.shift_sqnorm[1].isfinite()
+
+
 @pytest.mark.parametrize("op", [*NORMS, *WGRADS])
 def test_long_sums_of_one_sign_keep_their_digits(op: str) -> None:
     # All products positive: the case in which adding one by one in float32 loses most.
@@ -331,6 +419,9 @@ def test_long_sums_of_affine_sqnorm_keep_their_digits() -> None:
     for shape in ((1, 100_000, 3, 1), (1, 1, 3, 100_000)):
         b, x = torch.rand(shape) + 0.5, torch.rand(shape) + 0.5
         for value, truth in zip(ops.affine_sqnorm(b, x), true_affine(b, x, None, None)):
+            assert relative_error(value, truth) < 4e-7
+        statistics = torch.zeros(1, shape[1], 1), torch.ones(1, shape[1], 1)
+        for value, truth in zip(ops.norm_affine(b, x, *statistics)[1], true_affine(b, x, None, None)):
             assert relative_error(value, truth) < 4e-7
 
 
@@ -462,6 +553,17 @@ def test_opcheck_of_affine_sqnorm(given: str, total: bool, requires_grad: bool, 
             if t is not None:
                 t.requires_grad_(requires_grad)
         torch.library.opcheck(torch.ops.ghostgrad.affine_sqnorm.default, (*arguments, total))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_opcheck_of_norm_affine(weighted: bool, requires_grad: bool, device: str) -> None:
+    for shape, dtype in (((3, 2, 4, 1, 1), torch.float32), ((2, 1, 4, 3, 2), torch.bfloat16), ((0, 1, 4, 3, 2), torch.float32)):
+        b, x, *rest = norm_operands(*shape, dtype, weighted, device)
+        for time_major in (False, True):
+            given = (b, x.transpose(0, 1).contiguous().transpose(0, 1) if time_major else x, *rest)
+            torch.library.opcheck(torch.ops.ghostgrad.norm_affine.default, tuple(None if t is None else t.requires_grad_(requires_grad) for t in given))
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
@@ -702,6 +804,18 @@ def test_bits_of_affine_sqnorm_do_not_depend_on_threads(shape: tuple[int, int, i
         assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(60, 40, 700, 1, 1), (2, 300, 1300, 1, 2), (3, 1000, 64, 1, 1), (50, 1, 64, 300, 4), (2, 1, 64, 3000, 4)], ids=str)
+def test_bits_of_norm_affine_do_not_depend_on_threads(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
+    arguments, results = norm_operands(*shape, dtype), []
+    for threads in (1, 2, 3, 5, 1):
+        torch.set_num_threads(threads)
+        grad, affine = ops.norm_affine(*arguments)
+        results.append((grad, *affine))
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
+
+
 @pytest.mark.parametrize("capability", ["portable", "avx2"])
 def test_lesser_instruction_sets_agree(capability: str) -> None:
     code = (
@@ -713,6 +827,12 @@ def test_lesser_instruction_sets_agree(capability: str) -> None:
         "for x, y in zip((ops.outer_sqnorm(a, b), ops.gram_sqnorm(a, b), ops.row_sqnorm(a), *ops.wgrad_sqnorm(a, b, c), *affine(ops.affine_sqnorm)),\n"
         "                (r.outer_sqnorm(a, b), r.gram_sqnorm(a, b), r.row_sqnorm(a), *r.wgrad_sqnorm(a, b, c), *affine(r.affine_sqnorm))):\n"
         "    torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)\n"
+        "for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-9), (torch.bfloat16, 0.05), (torch.float16, 0.01)):\n"
+        "    for y, mean in ((d, m), (e, s)):\n"
+        "        arguments = y.to(dtype), y.sin().to(dtype), *(t.to(r.accumulation_dtype(dtype)) for t in (mean, mean.exp()))\n"
+        "        (grad, affine), expected = ops.norm_affine(*arguments), r.norm_affine(*arguments)\n"
+        "        torch.testing.assert_close(grad, expected[0], rtol=tolerance, atol=tolerance)\n"
+        "        torch.testing.assert_close(tuple(affine), expected[1:], rtol=1e-4, atol=1e-3)\n"
         "index = torch.randint(-1, 8, (3, 21)); torch.testing.assert_close(ops.embedding_sqnorm(index, b), r.embedding_sqnorm(index, b))\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "GHOSTGRAD_CPU_CAPABILITY": capability})
@@ -819,6 +939,28 @@ def test_errors_of_affine_sqnorm() -> None:
             raw(*arguments)
     with pytest.raises(RuntimeError, match="affine_sqnorm: mean must have the accumulation dtype"):
         raw(b, x, mean.double())
+
+
+def test_errors_of_norm_affine() -> None:
+    b, x, mean, rstd, weight = norm_operands(2, 3, 4, 5, 2, torch.float32)
+    assert weight is not None
+    wrong: list[tuple[type[Exception], str, tuple[Tensor, ...]]] = [
+        (ValueError, r"b must be \(B, T, d, S\), got \(2, 4, 5\)", (b[:, 0], x[:, 0], mean, rstd)),
+        (ValueError, r"x must have the shape of b, got \(2, 2, 4, 5\) and \(2, 3, 4, 5\)", (b, x[:, :2], mean, rstd)),
+        (TypeError, "b and x must have the same dtype", (b, x.double(), mean, rstd)),
+        (ValueError, r"mean must be \(B, T, G\) with G a divisor of d, got \(2, 2, 2\)", (b, x, mean[:, :2], rstd)),
+        (ValueError, r"weight must be \(d,\) with d = 4, got \(3,\)", (b, x, mean, rstd, weight[:3])),
+    ]
+    raw = torch.ops.ghostgrad.norm_affine
+    for error, message, arguments in wrong:
+        with pytest.raises(error, match=f"norm_affine: {message}"):
+            ops.norm_affine(*arguments)
+        with pytest.raises(RuntimeError, match=f"norm_affine: {message}"):
+            raw(*arguments)
+    with pytest.raises(ValueError, match="norm_affine: weight must be on the device of b, got meta and cpu"):
+        ops.norm_affine(b, x, mean, rstd, weight.to("meta"))
+    with pytest.raises(RuntimeError, match="norm_affine: weight must have the accumulation dtype of b"):
+        raw(b, x, mean, rstd, weight.double())
 
 
 def test_the_bindings_check_again() -> None:

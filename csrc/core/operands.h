@@ -109,4 +109,14 @@ struct AffineResults {
   void* shift_sqnorm;  // (batch,)
 };
 
+// The operands of norm_affine: those of affine_sqnorm with mean and rstd, which are those of x over each group of
+// channels, `after` included. `before` comes before the channels in any case. The gradient's last dimension has unit
+// stride and the channels lie `after` apart.
+struct Normalisation {
+  Affine affine;
+  const void* weight;  // (channels,) in the accumulation type, or null for ones
+  void* gradient;      // of x, (batch, before, channels, after)
+  int64_t batch_stride, before_stride;
+};
+
 }  // namespace ghostgrad::core

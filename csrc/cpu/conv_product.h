@@ -226,6 +226,7 @@ class ConvProduct {
     column_begin_ = c_.column_tiles.begin(column_tile);
     columns_ = c_.column_tiles.end(column_tile) - column_begin_;
     rows_ = channels_ * o_.offsets();
+    for (int i = 0; i < 3; ++i) filled_from_[i] = filled_to_[i] = -1;
     const int64_t element = c_.lanes_are_groups ? kLane : 1;
     int64_t row = 0;
     for (int64_t channel = 0; channel < channels_; ++channel) {
@@ -347,7 +348,13 @@ class ConvProduct {
     }
     const int64_t lanes = c_.lanes_are_groups ? kLane : 1;
     const int64_t groups = c_.lanes_are_groups ? core::minimum(kLane, o_.groups - group_) : 1;
-    if (!inside || groups < lanes) {
+    bool margins_are_zero = true;  // since the last image, whose part lay in the same place
+    for (int i = 0; i < 3; ++i) {
+      margins_are_zero = margins_are_zero && filled_from_[i] == from[i] && filled_to_[i] == to[i];
+      filled_from_[i] = from[i];
+      filled_to_[i] = to[i];
+    }
+    if ((!inside || groups < lanes) && !margins_are_zero) {
       for (int64_t i = 0; i < channels_ * in_box(1, 0, 0, 0) * lanes; ++i) box_[i] = A(0);
     }
     // Lines that lie one behind the other, here and there, are copied as one.
@@ -372,6 +379,17 @@ class ConvProduct {
         }
       }
     }
+    place_positions(strip, lanes);
+  }
+
+  // Where the strip's positions begin in the box: written once for strips of the same extent.
+  void place_positions(const Strip& strip, int64_t lanes) {
+    bool placed = true;
+    for (int i = 0; i < 3; ++i) {
+      placed = placed && placed_extent_[i] == strip.extent[i];
+      placed_extent_[i] = strip.extent[i];
+    }
+    if (placed) return;
     int64_t t = 0;
     for (int64_t z = 0; z < strip.extent[0]; ++z) {
       for (int64_t y = 0; y < strip.extent[1]; ++y) {
@@ -498,6 +516,8 @@ class ConvProduct {
   double* long_sums_ = nullptr;         // (panels, row blocks, rows per block, kNv, kLane), if there are several strips
   A* wgrad_ = nullptr;                  // the same
   double* wgrad_total_ = nullptr;       // the same, if there are many samples
+  int64_t placed_extent_[3] = {-1, -1, -1};                              // of the strip that position_offset_ is for
+  int64_t filled_from_[3] = {-1, -1, -1}, filled_to_[3] = {-1, -1, -1};  // the part of the box that an image fills
   int64_t group_ = 0, channel_begin_ = 0, channels_ = 0, column_begin_ = 0, columns_ = 0, rows_ = 0;
 };
 

@@ -103,6 +103,11 @@ void affine_sqnorm(const core::Affine& affine, const core::AffineResults& result
   GHOSTGRAD_DISPATCH(capability, affine_sqnorm(affine, results, parallel))
 }
 
+void norm_affine(const core::Normalisation& normalisation, const core::AffineResults& results, ParallelFor parallel,
+                 Capability capability) {
+  GHOSTGRAD_DISPATCH(capability, norm_affine(normalisation, results, parallel))
+}
+
 void conv_outer_sqnorm(const core::Convolution& convolution, void* sqnorm, ParallelFor parallel,
                        Capability capability) {
   GHOSTGRAD_DISPATCH(capability, conv_outer_sqnorm(convolution, sqnorm, parallel))

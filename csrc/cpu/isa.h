@@ -15,6 +15,8 @@
   void conv_gram_sqnorm(const core::Convolution& convolution, void* sqnorm, ParallelFor parallel);               \
   void conv_wgrad_sqnorm(const core::Convolution& convolution, void* wgrad, void* sqnorm, ParallelFor parallel); \
   void affine_sqnorm(const core::Affine& affine, const core::AffineResults& results, ParallelFor parallel);      \
+  void norm_affine(const core::Normalisation& normalisation, const core::AffineResults& results,                 \
+                   ParallelFor parallel);                                                                        \
   void embedding_sqnorm(const core::Picks& picks, void* sqnorm, ParallelFor parallel);                           \
   }
 

@@ -51,6 +51,10 @@ void embedding_sqnorm(const core::Picks& picks,
 void affine_sqnorm(const core::Affine& affine, const core::AffineResults& results, ParallelFor parallel,
                    Capability capability);
 
+// The same of a layer that normalises before it scales, and the gradient of its input, in one pass.
+void norm_affine(const core::Normalisation& normalisation, const core::AffineResults& results, ParallelFor parallel,
+                 Capability capability);
+
 // sqnorm[i] = ||G_i||^2 of a convolution's weight, tile by tile.
 void conv_outer_sqnorm(const core::Convolution& convolution,
                        void* sqnorm,  // (B,)

@@ -100,6 +100,30 @@ GHOSTGRAD_HD Vector<float> load(const core::Float16* from) {
 #endif
 }
 
+// The same back, rounded as core::from_accumulation rounds.
+GHOSTGRAD_HD void store(core::BFloat16* to, Vector<float> v) {
+  const BitsVector bits = reinterpret_cast<BitsVector>(v);
+  const BitsVector rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const BitsVector chosen = (bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded;  // NaN stays NaN
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(chosen)));
+#else
+  const ShortVector narrow = __builtin_convertvector(chosen, ShortVector);
+  memcpy(to, &narrow, sizeof(narrow));
+#endif
+}
+GHOSTGRAD_HD void store(core::Float16* to, Vector<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int lane = 0; lane < kLanes<float>; ++lane) to[lane] = core::from_accumulation<core::Float16>(v[lane]);
+#endif
+}
+
 // An integer for every lane: to select lanes, and to mask them.
 template <class A>
 struct IndexOf {

@@ -285,6 +285,49 @@ struct AffineOutputs {
   }
 };
 
+// The gradient of x: contiguous, but for the order of samples and positions, which is that of x. The fake kernel says
+// the same.
+inline bool positions_first(const Tensor& x) { return x.stride(0) < x.stride(1); }
+
+struct CheckedNormalisation {
+  CheckedAffine affine;
+  std::optional<Tensor> weight;  // (d,)
+  Tensor gradient;               // (B, T, d, S)
+  core::Normalisation normalisation;
+};
+
+inline CheckedNormalisation checked_normalisation(const char* op,
+                                                  const Tensor& b,                        // (B, T, d, S)
+                                                  const Tensor& x,                        // the same
+                                                  const Tensor& mean,                     // (B, T, G)
+                                                  const Tensor& rstd,                     // (B, T, G)
+                                                  const std::optional<Tensor>& weight) {  // (d,)
+  check(b.dim() == 4, op, ": b must be (B, T, d, S), got ", shape_of(b));
+  check(x.dim() == 4, op, ": x must have the shape of b, got ", shape_of(x), " and ", shape_of(b));
+  // Positions after the channels are adjacent, or the channels if there are none.
+  const auto dense = [](const Tensor& t) {
+    const int64_t dim = t.size(3) == 1 ? 2 : 3;
+    return t.size(dim) <= 1 || t.stride(dim) == 1 ? t : ::torch::stable::contiguous(t);
+  };
+  CheckedNormalisation checked{checked_affine(op, dense(b), dense(x), mean, rstd), weight, x, {}};
+  if (weight.has_value()) {
+    check(weight->dim() == 1 && weight->size(0) == b.size(2), op, ": weight must be (d,) with d = ", b.size(2),
+          ", got ", shape_of(*weight));
+    check(weight->scalar_type() == accumulation_type(dtype_of(op, "b", b)), op,
+          ": weight must have the accumulation dtype of b, float64 for float64 and float32 otherwise");
+    check(same_device(b, *weight), op, ": b and weight must be on the same device");
+    checked.weight = ::torch::stable::contiguous(*weight);
+  }
+  const bool swapped = positions_first(x);
+  const Tensor gradient = ::torch::stable::new_empty(
+      x, {x.size(swapped ? 1 : 0), x.size(swapped ? 0 : 1), x.size(2), x.size(3)}, x.scalar_type());
+  checked.gradient = swapped ? ::torch::stable::transpose(gradient, 0, 1) : gradient;
+  checked.normalisation = core::Normalisation{
+      checked.affine.affine, checked.weight.has_value() ? checked.weight->const_data_ptr() : nullptr,
+      checked.gradient.mutable_data_ptr(), checked.gradient.stride(0), checked.gradient.stride(1)};
+  return checked;
+}
+
 struct CheckedConvolution {
   Tensor x;  // (B, R, channels, *size)
   Tensor b;  // (B, R, out_channels, *out)

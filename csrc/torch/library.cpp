@@ -22,6 +22,12 @@ STABLE_TORCH_LIBRARY(ghostgrad, m) {
   m.def(
       "affine_sqnorm(Tensor b, Tensor? x=None, Tensor? mean=None, Tensor? rstd=None, bool total=True) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
+  // b, x, mean, rstd as above, weight (d,)                      all that the backward of y = weight (x - mean) rstd +
+  //   -> (B, T, d, S), (d,), (B,), (d,), (B,)                   shift gives, mean and rstd being those of x: the
+  //   gradient of x, and the above
+  m.def(
+      "norm_affine(Tensor b, Tensor x, Tensor mean, Tensor rstd, Tensor? weight=None) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
   // x (B, R, c, *size), b (B, R, d, *out) -> (B,)               squared norms of a convolution's weight (d, c / groups,
   // *kernel), from R runs of it for each sample
   m.def(

@@ -209,6 +209,13 @@ class Positions:
             self._grads = total, ops.affine_sqnorm(self.b, self.x, self.mean, self.rstd, total)
         return self._grads[1]
 
+    def backward(self, weight: Tensor | None) -> Tensor:
+        """The gradient of ``x`` (B, T, d, S), scaled by ``weight``, where mean and rstd are those of ``x``; those of scale and shift come with it."""
+        assert self.x is not None and self.mean is not None and self.rstd is not None
+        grad, grads = ops.norm_affine(self.b, self.x, self.mean, self.rstd, None if weight is None else weight.flatten())
+        self._grads = True, grads
+        return grad
+
     def normalised(self) -> Tensor | None:
         x = self.x
         for statistic, combine in ((self.mean, torch.sub), (self.rstd, torch.mul)):

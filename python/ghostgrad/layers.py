@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .contributions import Affine, Arranged, Gathered, Outer, Patches, Positions, Segments
 from .errors import BatchCouplingError
-from .layout import PLAIN, Known, Ragged, to_samples
+from .layout import PLAIN, Known, Ragged, from_samples, to_samples
 from .reference import accumulation_dtype
 from .rules import Call, add, body, linear, mul, reference_call, register_rule
 
@@ -39,6 +39,7 @@ def _normalisation(
     arrange: Callable[[Tensor], Tensor],
     arrange_statistics: Callable[[Tensor], Tensor],
     shape: tuple[int, ...],
+    fused: bool = False,
 ) -> Tensor:
     """A layer that normalises, scales and shifts, as one node.
 
@@ -49,19 +50,22 @@ def _normalisation(
         arrange: brings tensors like ``x`` to (B, T, d, S).
         arrange_statistics: brings mean and rstd to (B, T, G).
         shape: to which weight and bias are viewed to broadcast against ``x``.
+        fused: mean and rstd are those of ``x`` itself, arranged in an order of memory that :func:`ops.norm_affine` takes: all of backward can be its.
     """
 
-    scaled = weight is not None and weight.requires_grad
+    scaled, batch_size = weight is not None and weight.requires_grad, call.batch_size
 
     def backward(g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> tuple[Callable[[], Any] | None, ...]:
         recorded = torch.is_grad_enabled()
         normalised = plain(x) if recorded else None  # mean and rstd are constants here, but functions of x
 
         def of_input() -> Tensor:
-            if normalised is None:
+            if normalised is not None:
+                grad = g if weight is None else g * weight.view(shape)
+                return torch.autograd.grad(normalised, x, grad.to(normalised.dtype), create_graph=True)[0]
+            if not fused or not scaled or isinstance(layout, Ragged):
                 return input_grad(g, x, weight, bias, mean, rstd)
-            grad = g if weight is None else g * weight.view(shape)
-            return torch.autograd.grad(normalised, x, grad.to(normalised.dtype), create_graph=True)[0]
+            return from_samples(positions.backward(weight), layout, batch_size, x.shape)
 
         wide = accumulation_dtype(x.dtype)
         like_x = arrange(g.to(x.dtype))
@@ -138,6 +142,7 @@ def layer_norm(
         arrange=lambda t: rows(t).unsqueeze(-1),
         arrange_statistics=rows,
         shape=shape,
+        fused=True,
     )
 
 
@@ -200,6 +205,7 @@ def group_norm(call: Call, input: Tensor, num_groups: int, weight: Tensor | None
         arrange=_images(call, layout),
         arrange_statistics=lambda t: _runs(t, layout, batch_size),
         shape=_channels(input),
+        fused=_dense_format(input) == torch.contiguous_format,
     )
 
 
@@ -290,6 +296,7 @@ def instance_norm(
         arrange=_images(call, layout),
         arrange_statistics=lambda t: _runs(t, layout, batch_size),  # one group for each channel
         shape=_channels(input),
+        fused=True,
     )
 
 
@@ -436,6 +443,8 @@ def _pad(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[i
 
 def _runs(x: Tensor, layout: Known, batch_size: int) -> Tensor:
     """(B * R, ...) with the samples along the first dimension, R rows each, as (B, R, ...); ragged rows are filled up with zeros."""
+    if layout == PLAIN:
+        return x.unsqueeze(1)
     if isinstance(layout, Ragged):
         return to_samples(x, layout, batch_size, x.dim() - 1)
     if layout == PLAIN:

@@ -31,6 +31,7 @@ __all__ = [
     "Layout",
     "Mixed",
     "Ragged",
+    "from_samples",
     "placed",
     "propagate",
     "sequences",
@@ -241,6 +242,14 @@ def to_samples(x: Tensor, layout: Known, batch_size: int, feature_dims: int = 1,
         x = x.unflatten(layout.dim, (layout.outer, batch_size, layout.inner)).movedim(layout.dim + 1, 0)
     positions = math.prod(x.shape[1 : x.dim() - feature_dims])
     return x.reshape(batch_size, positions, *features)
+
+
+def from_samples(x: Tensor, layout: Layout, batch_size: int, shape: Sequence[int]) -> Tensor:
+    """What :func:`to_samples` made (B, T, ...) of a tensor of that shape, as such a tensor again."""
+    if layout == PLAIN:
+        return x.reshape(*shape)
+    before, after = shape[: layout.dim], shape[layout.dim + 1 :]
+    return x.reshape(batch_size, *before, layout.outer, layout.inner, *after).movedim(0, layout.dim + 1).reshape(*shape)
 
 
 def to_rows(x: Tensor, layout: Known, batch_size: int, feature_dims: int = 1) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _C
+from . import _C, reference
 from .reference import accumulation_dtype
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "conv_wgrad_sqnorm",
     "embedding_sqnorm",
     "gram_sqnorm",
+    "norm_affine",
     "outer_sqnorm",
     "per_sample_conv_wgrad",
     "plan",
@@ -439,6 +440,31 @@ class AffineGrads(NamedTuple):
     """(B,) squared norms of the shift's per-sample gradients."""
 
 
+def _check_affine(op: str, b: Tensor, x: Tensor | None, mean: Tensor | None, rstd: Tensor | None) -> None:
+    _check_tensor(op, "b", b)
+    if b.dim() != 4:
+        raise ValueError(f"{op}: b must be (B, T, d, S), got {_shape(b)}")
+    if x is not None:
+        if x.shape != b.shape:
+            raise ValueError(f"{op}: x must have the shape of b, got {_shape(x)} and {_shape(b)}")
+        if x.dtype != b.dtype:
+            raise TypeError(f"{op}: b and x must have the same dtype, got {b.dtype} and {x.dtype}")
+    for name, statistic in (("mean", mean), ("rstd", rstd)):
+        if statistic is None:
+            continue
+        if x is None:
+            raise ValueError(f"{op}: {name} without x")
+        if statistic.dim() != 3 or statistic.shape[:2] != b.shape[:2] or not statistic.shape[2] or b.shape[2] % statistic.shape[2]:
+            raise ValueError(f"{op}: {name} must be (B, T, G) with G a divisor of d, got {_shape(statistic)} for {_shape(b)}")
+        if statistic.dtype != accumulation_dtype(b.dtype):
+            raise TypeError(f"{op}: {name} must be {accumulation_dtype(b.dtype)} for {b.dtype}, got {statistic.dtype}")
+    if mean is not None and rstd is not None and mean.shape != rstd.shape:
+        raise ValueError(f"{op}: mean and rstd must have the same shape, got {_shape(mean)} and {_shape(rstd)}")
+    for name, other in (("x", x), ("mean", mean), ("rstd", rstd)):
+        if other is not None and other.device != b.device:
+            raise ValueError(f"{op}: b and {name} must be on the same device, got {b.device} and {other.device}")
+
+
 def affine_sqnorm(
     b: Tensor,  # (B, T, d, S)
     x: Tensor | None = None,  # (B, T, d, S)
@@ -471,29 +497,7 @@ def affine_sqnorm(
         TypeError: the dtypes differ or are not supported.
         RuntimeError: a CUDA tensor meets a build without CUDA.
     """
-    op = "affine_sqnorm"
-    _check_tensor(op, "b", b)
-    if b.dim() != 4:
-        raise ValueError(f"{op}: b must be (B, T, d, S), got {_shape(b)}")
-    if x is not None:
-        if x.shape != b.shape:
-            raise ValueError(f"{op}: x must have the shape of b, got {_shape(x)} and {_shape(b)}")
-        if x.dtype != b.dtype:
-            raise TypeError(f"{op}: b and x must have the same dtype, got {b.dtype} and {x.dtype}")
-    for name, statistic in (("mean", mean), ("rstd", rstd)):
-        if statistic is None:
-            continue
-        if x is None:
-            raise ValueError(f"{op}: {name} without x")
-        if statistic.dim() != 3 or statistic.shape[:2] != b.shape[:2] or not statistic.shape[2] or b.shape[2] % statistic.shape[2]:
-            raise ValueError(f"{op}: {name} must be (B, T, G) with G a divisor of d, got {_shape(statistic)} for {_shape(b)}")
-        if statistic.dtype != accumulation_dtype(b.dtype):
-            raise TypeError(f"{op}: {name} must be {accumulation_dtype(b.dtype)} for {b.dtype}, got {statistic.dtype}")
-    if mean is not None and rstd is not None and mean.shape != rstd.shape:
-        raise ValueError(f"{op}: mean and rstd must have the same shape, got {_shape(mean)} and {_shape(rstd)}")
-    for name, other in (("x", x), ("mean", mean), ("rstd", rstd)):
-        if other is not None and other.device != b.device:
-            raise ValueError(f"{op}: b and {name} must be on the same device, got {b.device} and {other.device}")
+    _check_affine("affine_sqnorm", b, x, mean, rstd)
     return AffineGrads(*_run(torch.ops.ghostgrad.affine_sqnorm.default, b, x, mean, rstd, total))
 
 
@@ -553,6 +557,76 @@ def _affine_sqnorm_backward(ctx: Any, u: Tensor | None, v: Tensor | None, w: Ten
 
 
 torch.library.register_autograd("ghostgrad::affine_sqnorm", _affine_sqnorm_backward, setup_context=_save_affine)
+
+
+# --- norm_affine ---
+
+
+def norm_affine(
+    b: Tensor,  # (B, T, d, S)
+    x: Tensor,  # (B, T, d, S)
+    mean: Tensor,  # (B, T, G)
+    rstd: Tensor,  # (B, T, G)
+    weight: Tensor | None = None,  # (d,)
+) -> tuple[Tensor, AffineGrads]:  # (B, T, d, S)
+    """The whole backward of a layer that normalises, scales and shifts (layer, group and instance norms): the gradient of its input, and those of scale and
+    shift with the squared norms of their per-sample gradients, from one pass over the data.
+
+    ``y = weight x' + shift`` with ``x' = (x - mean) rstd``. With ``<.>`` the mean over what was normalised together, the input's gradient is
+    ``rstd (weight b - <weight b> - x' <weight b x'>)``; the rest is as in :func:`affine_sqnorm`.
+
+    Args:
+        b: gradients at the output (B, T, d, S), in float32, float64, bfloat16 or float16, with T positions before the channels and S after them. Read as they
+            lie in memory if the positions after the channels are adjacent (the channels, for S = 1); else copied.
+        x: the layer's input; of the shape, dtype and device of ``b``.
+        mean: (B, T, G) in the accumulation dtype: of ``x`` over each of G groups of adjacent channels and the positions after them, for each position before.
+        rstd: the same for the reciprocals of standard deviations.
+        weight: the scale (d,), cast to the accumulation dtype; ones if left out.
+
+    Returns:
+        The gradient of ``x`` (B, T, d, S) in its dtype, its positions before its samples in memory where ``x`` has them so, and :class:`AffineGrads`.
+
+    Memory: d elements per thread, and at most 16 totals of d. Cost: on a CPU, reading ``b`` and ``x`` and writing the gradient once; on CUDA, PyTorch's own
+    kernel for the gradient of ``x`` and :func:`affine_sqnorm`. Same inputs on the same machine give the same bits, on any number of threads.
+
+    Raises:
+        ValueError: shapes or devices do not agree.
+        TypeError: the dtypes differ or are not supported.
+        RuntimeError: a CUDA tensor meets a build without CUDA.
+    """
+    _check_affine("norm_affine", b, x, mean, rstd)
+    if weight is not None:
+        if weight.dim() != 1 or weight.shape[0] != b.shape[2]:
+            raise ValueError(f"norm_affine: weight must be (d,) with d = {b.shape[2]}, got {_shape(weight)}")
+        if weight.device != b.device:
+            raise ValueError(f"norm_affine: weight must be on the device of b, got {weight.device} and {b.device}")
+        weight = weight.to(accumulation_dtype(b.dtype))
+    grad, *affine = _run(torch.ops.ghostgrad.norm_affine.default, b, x, mean, rstd, weight)
+    return grad, AffineGrads(*affine)
+
+
+@torch.library.register_fake("ghostgrad::norm_affine")
+def _(b: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None = None) -> tuple[Tensor, ...]:
+    B, T, d, S = x.shape
+    grad = x.new_empty(T, B, d, S).transpose(0, 1) if x.stride(0) < x.stride(1) else x.new_empty(B, T, d, S)
+    return grad, *(b.new_empty(size, dtype=accumulation_dtype(b.dtype)) for size in (d, B, d, B))
+
+
+def _norm_affine_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    # By autograd of the reference, which is made of differentiable operations.
+    saved, wanted = ctx.saved_tensors, ctx.needs_input_grad
+    with torch.enable_grad():
+        results = reference.norm_affine(*saved)
+    used = [(result, v) for result, v in zip(results, cotangents) if v is not None and result.requires_grad]
+    if not used:
+        return (None,) * len(wanted)
+    outputs, v = zip(*used)
+    inputs = [t for t, needed in zip(saved, wanted) if needed]
+    grads = iter(torch.autograd.grad(outputs, inputs, v, create_graph=torch.is_grad_enabled(), allow_unused=True))
+    return tuple(next(grads) if needed else None for needed in wanted)
+
+
+torch.library.register_autograd("ghostgrad::norm_affine", _norm_affine_backward, setup_context=_save_operands)
 
 
 # --- planned ops: the formula that is expected to be fastest for the shapes at hand ---

@@ -22,6 +22,7 @@ __all__ = [
     "conv_wgrad_sqnorm",
     "embedding_sqnorm",
     "gram_sqnorm",
+    "norm_affine",
     "outer_sqnorm",
     "row_sqnorm",
     "wgrad_sqnorm",
@@ -105,6 +106,25 @@ def affine_sqnorm(
         normalised = normalised * rstd.repeat_interleave(x.shape[2] // rstd.shape[2], 2)[..., None]
     scale = (b.to(dtype) * normalised).sum((1, 3))
     return scale.sum(0) if total else none, scale.square().sum(1), *of_shift
+
+
+def norm_affine(
+    b: Tensor,  # (B, T, d, S)
+    x: Tensor,  # (B, T, d, S)
+    mean: Tensor,  # (B, T, G)
+    rstd: Tensor,  # (B, T, G)
+    weight: Tensor | None = None,  # (d,)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # (B, T, d, S), (d,), (B,), (d,), (B,)
+    """The gradient of ``x`` and what :func:`affine_sqnorm` gives, for a layer ``y = weight x' + shift``, ``x' = (x - mean) rstd``, whose mean and rstd are
+    those of ``x`` over each group of channels of a position.
+
+    With ``<.>`` the mean over a group: ``rstd (weight b - <weight b> - x' <weight b x'>)``.
+    """
+    dtype, groups = accumulation_dtype(b.dtype), mean.shape[2]
+    g, rstd_of_group = b.to(dtype) if weight is None else b.to(dtype) * weight.to(dtype)[:, None], rstd[..., None, None]  # (B, T, G, 1, 1)
+    g, normalised = g.unflatten(2, (groups, -1)), (x.to(dtype).unflatten(2, (groups, -1)) - mean[..., None, None]) * rstd_of_group  # (B, T, G, d / G, S)
+    grad = rstd_of_group * (g - g.mean((3, 4), keepdim=True) - normalised * (g * normalised).mean((3, 4), keepdim=True))
+    return grad.flatten(2, 3).to(x.dtype), *affine_sqnorm(b, x, mean, rstd)
 
 
 def _patches(
