@@ -40,19 +40,33 @@ const char* name_of(core::Norm norm) {
   return "fused";
 }
 
+std::string name_of(core::Wgrad wgrad) {
+  switch (wgrad) {
+    case core::Wgrad::kNone:
+      return "";
+    case core::Wgrad::kMatmul:
+      return "matmul";
+    case core::Wgrad::kProduct:
+      return "product";
+    case core::Wgrad::kFused:
+      break;
+  }
+  return "fused";
+}
+
 core::Machine machine_of(const std::string& device) { return device == "cuda" ? core::Machine::kCuda : cpu::machine(); }
 
 py::tuple plan(int64_t B, int64_t T, int64_t p, int64_t d, const std::string& dtype, const std::string& device,
                bool wgrad) {
   const core::Plan chosen = core::plan(core::Problem{B, T, p, d, dtype_named(dtype), machine_of(device), wgrad});
-  return py::make_tuple(name_of(chosen.norm), chosen.flops);
+  return py::make_tuple(name_of(chosen.norm), chosen.flops, name_of(chosen.wgrad));
 }
 
 py::tuple conv_plan(int64_t B, int64_t T, int64_t p, int64_t d, int64_t groups, const std::string& dtype,
                     const std::string& device, bool wgrad) {
   const core::Plan chosen =
       core::conv_plan(core::ConvProblem{B, T, p, d, groups, dtype_named(dtype), machine_of(device), wgrad});
-  return py::make_tuple(name_of(chosen.norm), chosen.flops);
+  return py::make_tuple(name_of(chosen.norm), chosen.flops, name_of(chosen.wgrad));
 }
 
 }  // namespace

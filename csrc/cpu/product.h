@@ -30,6 +30,13 @@ constexpr int64_t kTileEdge = 256;
 // Runs of samples whose weighted sum stays in the accumulation type before it moves on to float64.
 constexpr int64_t kSamplesPerFlush = 64;
 
+// The edge of a tile at most: a lone sample with few tiles gets smaller ones, so that threads find something to share.
+inline int64_t tile_edge(const core::Operands& o) {
+  constexpr int64_t kFewTiles = 4;
+  const int64_t tiles = core::ceil_div(o.out_features, kTileEdge) * core::ceil_div(o.in_features, kTileEdge);
+  return o.batch == 1 && tiles < kFewTiles ? kTileEdge / 2 : kTileEdge;
+}
+
 // Packs `columns` columns of `depth` rows into panels [panel][depth][kWidth]; the last panel is filled up with zeros.
 template <int kWidth, class S, class A>
 void pack(const S* from,  // (depth, columns), rows `stride` apart
@@ -105,10 +112,8 @@ class TileProduct {
   static constexpr int kBlock = kMr * kNr;
 
   // The cut of G_i into tiles depends on its size alone.
-  static Split row_split(const core::Operands& o, int64_t edge) { return core::even_split(o.out_features, edge, kMr); }
-  static Split column_split(const core::Operands& o, int64_t edge) {
-    return core::even_split(o.in_features, edge, kNr);
-  }
+  static Split row_split(const core::Operands& o) { return core::even_split(o.out_features, tile_edge(o), kMr); }
+  static Split column_split(const core::Operands& o) { return core::even_split(o.in_features, tile_edge(o), kNr); }
 
   // `wgrad`: the tile of the weight gradient is kept, too. `samples`: how many samples one tile sees at most.
   static size_t room(const core::Operands& o, Split rows, Split columns, bool wgrad, int64_t samples) {
@@ -168,37 +173,43 @@ class TileProduct {
         }
         squares += panel_squares;
       }
+      if (kWgrad && last) wgrad_begun_ = true;
     }
     return squares;
   }
 
   void clear_wgrad() {
-    for (int64_t i = 0; i < rows_.size * columns_.size; ++i) wgrad_[i] = A(0);
+    wgrad_begun_ = false;
     if (wgrad_total_ == nullptr) return;
     for (int64_t i = 0; i < rows_.size * columns_.size; ++i) wgrad_total_[i] = 0.0;
   }
 
   // Call every kSamplesPerFlush samples.
   void flush_wgrad() {
-    if (wgrad_total_ == nullptr) return;
-    for (int64_t i = 0; i < rows_.size * columns_.size; ++i) {
-      wgrad_total_[i] += static_cast<double>(wgrad_[i]);
-      wgrad_[i] = A(0);
-    }
+    if (wgrad_total_ == nullptr || !wgrad_begun_) return;
+    for (int64_t i = 0; i < rows_.size * columns_.size; ++i) wgrad_total_[i] += static_cast<double>(wgrad_[i]);
+    wgrad_begun_ = false;
   }
 
   // Writes the running weight gradient of the selected tile to its place in `to` (d, p), as S or as A.
   template <class Out>
   void store_wgrad(Out* to) {
     flush_wgrad();
-    const int64_t row_panels = core::ceil_div(tile_rows_, kMr);
+    const int64_t row_panels = core::ceil_div(tile_rows_, kMr), column_panels = core::ceil_div(tile_columns_, kNr);
     for (int64_t row = 0; row < tile_rows_; ++row) {
-      Out* target = to + (row_begin_ + row) * o_.in_features + column_begin_;
-      for (int64_t column = 0; column < tile_columns_; ++column) {
-        const int64_t block = (column / kNr) * row_panels + row / kMr;
-        const int64_t index = block * kBlock + (row % kMr) * kNr + column % kNr;
-        const A value = wgrad_total_ == nullptr ? wgrad_[index] : static_cast<A>(wgrad_total_[index]);
-        target[column] = core::from_accumulation<Out>(value);
+      for (int64_t panel = 0; panel < column_panels; ++panel) {
+        Out* target = to + (row_begin_ + row) * o_.in_features + column_begin_ + panel * kNr;
+        const int64_t from = (panel * row_panels + row / kMr) * kBlock + (row % kMr) * kNr;
+        const int64_t columns = core::minimum(kNr, tile_columns_ - panel * kNr);
+        if (wgrad_total_ != nullptr) {
+          const double* total = wgrad_total_ + from;
+          for (int64_t c = 0; c < columns; ++c) target[c] = core::from_accumulation<Out>(static_cast<A>(total[c]));
+        } else if (wgrad_begun_) {
+          const A* sum = wgrad_ + from;
+          for (int64_t c = 0; c < columns; ++c) target[c] = core::from_accumulation<Out>(sum[c]);
+        } else {  // no sample, or no position
+          for (int64_t c = 0; c < columns; ++c) target[c] = core::from_accumulation<Out>(A(0));
+        }
       }
     }
   }
@@ -213,7 +224,7 @@ class TileProduct {
   }
 
   template <bool kWgrad>
-  static double whole_block(const A* sums, A weight, A* wgrad) {
+  double whole_block(const A* sums, A weight, A* wgrad) const {
     Vector<A> squares[kNv] = {};
 #pragma GCC unroll 16
     for (int r = 0; r < kMr; ++r) {
@@ -222,7 +233,11 @@ class TileProduct {
         const int at = r * kNr + v * kLanes<A>;
         const Vector<A> sum = load_aligned(sums + at);
         squares[v] += sum * sum;
-        if constexpr (kWgrad) *reinterpret_cast<Vector<A>*>(wgrad + at) += sum * weight;
+        if constexpr (kWgrad) {
+          const Vector<A> weighted = sum * weight;
+          Vector<A>& running = *reinterpret_cast<Vector<A>*>(wgrad + at);
+          running = wgrad_begun_ ? running + weighted : weighted;
+        }
       }
     }
     double total = 0.0;
@@ -234,7 +249,10 @@ class TileProduct {
   // A block that sticks out of the matrix. What was padded with zeros may hold 0 * inf by now and must not be looked
   // at.
   template <bool kWgrad>
-  static double partial_block(const A* sums, A weight, A* wgrad, int64_t rows, int64_t columns) {
+  double partial_block(const A* sums, A weight, A* wgrad, int64_t rows, int64_t columns) const {
+    if (kWgrad && !wgrad_begun_) {
+      for (int i = 0; i < kBlock; ++i) wgrad[i] = A(0);
+    }
     double total = 0.0;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < columns; ++c) {
@@ -254,6 +272,7 @@ class TileProduct {
   double* long_sums_ = nullptr;    // (blocks, kMr, kNr), if T > kDepth
   A* wgrad_ = nullptr;             // (blocks, kMr, kNr)
   double* wgrad_total_ = nullptr;  // the same, if there are many samples
+  bool wgrad_begun_ = false;       // wgrad_ holds something: the first sample writes, later ones add
   int64_t row_begin_ = 0, column_begin_ = 0, tile_rows_ = 0, tile_columns_ = 0;
 };
 

@@ -565,6 +565,9 @@ class Plan(NamedTuple):
     """``"row"`` (T = 1: ``||a_i||^2 ||b_i||^2``), ``"gram"``, ``"outer"``, or ``"fused"`` with the weight gradient."""
     flops: float
     """Floating-point operations of everything asked for, the weight gradient included."""
+    wgrad: str
+    """Where the weight gradient comes from: ``""`` (it is not wanted), ``"matmul"`` (PyTorch), ``"product"`` (:func:`wgrad_sqnorm` of the batch as one
+    sample), or ``"fused"`` with the norms."""
 
 
 def plan(B: int, T: int, p: int, d: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", wgrad: bool = False) -> Plan:
