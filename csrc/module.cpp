@@ -81,7 +81,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = GHOSTGRAD_CUDA_ARCHS;
   m.def(
       "cpu_capability", [] { return std::string(cpu::name_of(cpu::capability())); },
-      "The instruction set that the CPU kernels run with: portable, avx2 or avx512.");
+      "The instruction set that the CPU kernels run with: portable, avx2, avx512 or avx512bf16.");
   m.def("plan", &plan, py::arg("B"), py::arg("T"), py::arg("p"), py::arg("d"), py::arg("dtype"), py::arg("device"),
         py::arg("wgrad"), "The formula chosen for a layer's squared norms, and its floating-point operations.");
   m.def("conv_plan", &conv_plan, py::arg("B"), py::arg("T"), py::arg("p"), py::arg("d"), py::arg("groups"),

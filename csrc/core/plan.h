@@ -6,10 +6,10 @@
 //   gram      T^2 (p + d), symmetry already halving them
 //   outer     2 T p d, and 2 p d to square and add
 //   fused     2 T p d, and 4 p d to square, add, and add again; the weight gradient included
-//   vendor    2 T p d for a weight gradient from a matrix product of its own
+//   matmul, product   2 T p d for a weight gradient of its own
 //
 // T = 1 is ||a_i||^2 ||b_i||^2: reading both once. Operations become time by speeds that were measured, below; nothing
-// here is derived.
+// here is derived. docs/performance.md says how well it does.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@
 namespace ghostgrad::core {
 
 // Where the op runs, as far as speed is concerned: a GPU, or a CPU by the instruction set that our kernels use on it.
-enum class Machine : int32_t { kCpuPortable = 0, kCpuAvx2 = 1, kCpuAvx512 = 2, kCuda = 3 };
+enum class Machine : int32_t { kCpuPortable = 0, kCpuAvx2 = 1, kCpuAvx512 = 2, kCpuAvx512Bf16 = 3, kCuda = 4 };
 
 // The norm's formula; kFused gives the weight gradient in the same pass.
 enum class Norm : int32_t { kRow = 0, kGram = 1, kOuter = 2, kFused = 3 };
@@ -42,66 +42,81 @@ struct Plan {
   double flops;  // of everything asked for, the weight gradient included
 };
 
-// How fast the formulas run, in operations per nanosecond and thread; only ratios matter. `vendor` is PyTorch's own
-// matrix product, `product` the panels of outer and fused, `gram` the blocks of inner products.
+// How fast things run, in operations per nanosecond and thread: PyTorch's own matrix product, our panels for norms
+// alone and with the weight gradient (fused, or of the batch as one sample), and blocks of inner products.
 struct Speeds {
-  double vendor, product, gram;
+  double matmul, outer, wgrad, gram;
 };
 
-// Measured on one thread of an AMD EPYC 9005 (torch 2.13, MKL and oneDNN) by benchmarks/grid.py. float16 has no fast
-// matrix product on that CPU, bfloat16 has one only in AVX-512 machines. MKL uses no AVX-512 on AMD's CPUs; elsewhere
-// `vendor` may come up to `product` for float32 and float64, which the choice hardly feels, since then kProduct and
-// kMatmul cost the same. The CUDA row is a guess from the kernels' structure (plain fused multiply-adds beside tensor
-// cores) until it is measured.
+// Fitted to benchmarks/grid.py on one thread of an AMD EPYC 9005 (torch 2.13, MKL and oneDNN), where MKL uses no
+// AVX-512: on other CPUs `matmul` may come up to `wgrad` for float32 and float64. The choice of the norm hardly feels
+// that, since a weight gradient of its own is then as fast by either product. A CPU with matrix units (AMX) multiplies
+// bfloat16 faster than is said here. float16 has no fast matrix product on that CPU. The CUDA row is a guess from the
+// kernels' structure (plain fused multiply-adds beside tensor cores) until it is measured.
 constexpr Speeds speeds(DType dtype, Machine machine) {
   const bool half = dtype == DType::kBFloat16 || dtype == DType::kFloat16;
   const double width = dtype == DType::kFloat64 ? 0.5 : 1.0;
-  const double vendor = dtype == DType::kFloat16 ? 8 : 100 * width;
+  const double matmul = dtype == DType::kFloat16 ? 8 : 95 * width;
   switch (machine) {
     case Machine::kCuda:
-      return half ? Speeds{600, 10, 10} : Speeds{50, 10, 10};
+      return half ? Speeds{600, 10, 10, 10} : Speeds{50, 10, 10, 10};
+    case Machine::kCpuAvx512Bf16:
+      if (dtype == DType::kBFloat16) return Speeds{410, 375, 350, 300};
+      [[fallthrough]];
     case Machine::kCpuAvx512:
-      return Speeds{dtype == DType::kBFloat16 ? 450 : vendor, 220 * width, 140 * width};
+      return Speeds{matmul, 190 * width, 170 * width, 140 * width};
     case Machine::kCpuAvx2:
-      return Speeds{vendor, 108 * width, 95 * width};
+      return Speeds{matmul, 105 * width, 96 * width, 95 * width};
     case Machine::kCpuPortable:
       break;
   }
-  return Speeds{vendor, 44 * width, (half ? 20 : 44) * width};
+  return Speeds{matmul, 44 * width, 42 * width, (half ? 20 : 44) * width};
 }
 
-// What comes on top, in operations at the formula's own speed: adding up the lanes of a pair of positions, squaring an
-// element, carrying it into the weight gradient, and reading an element of a and b; and how many rows and columns of a
-// product are padding, on average.
-constexpr double kPairOverhead = 350, kSquareOverhead = 5, kCarryOverhead = 11, kReadOverhead = 20, kPadding = 16;
+// What comes on top, in operations at the same speed: for a pair of positions, adding up its lanes; for an element read
+// once; for an element of a product, squaring it, adding it to a running weight gradient, writing it out; and rows and
+// columns of a product that are but padding, on average.
+constexpr double kPairOverhead = 330, kReadOverhead = 10, kSquareOverhead = 5, kCarryOverhead = 6, kStoreOverhead = 40;
+constexpr double kPadding = 32, kMatmulPadding = 16;
 
-// Nanoseconds for one sample; of `rows` the product of as many positions, with `overhead` operations for each of its
-// elements.
-constexpr double product_time(const Speeds& speed, double rows, double overhead, double p, double d) {
-  return (2 * rows + overhead) * (p + kPadding) * (d + kPadding) / speed.product;
-}
+// Nanoseconds for one sample.
 constexpr double gram_time(const Speeds& speed, double T, double p, double d) {
   const double pairs = T * (T + 4) / 2;  // of positions, in blocks of about four
   return (pairs * (2 * (p + d) + kPairOverhead) + kReadOverhead * T * (p + d)) / speed.gram;
+}
+constexpr double outer_time(const Speeds& speed, double T, double p, double d) {
+  return (2 * T + kSquareOverhead) * (p + kPadding) * (d + kPadding) / speed.outer;
+}
+constexpr double fused_time(const Speeds& speed, double T, double p, double d) {
+  return (2 * T + kCarryOverhead) * (p + kPadding) * (d + kPadding) / speed.wgrad;
+}
+// Of all samples together: the weight gradient by itself.
+constexpr double matmul_time(const Speeds& speed, double rows, double p, double d) {
+  return 2 * rows * (p + kMatmulPadding) * (d + kMatmulPadding) / speed.matmul;
+}
+constexpr double product_time(const Speeds& speed, double rows, double p, double d) {
+  return (2 * rows + kStoreOverhead) * (p + kPadding) * (d + kPadding) / speed.wgrad;
 }
 
 constexpr Plan plan(const Problem& problem) {
   const double B = static_cast<double>(problem.batch), T = static_cast<double>(problem.positions);
   const double p = static_cast<double>(problem.in_features), d = static_cast<double>(problem.out_features);
   const Speeds speed = speeds(problem.dtype, problem.machine);
-  const double gram = gram_time(speed, T, p, d), outer = product_time(speed, T, kSquareOverhead, p, d);
+  const double gram = gram_time(speed, T, p, d), outer = outer_time(speed, T, p, d);
   const Norm alone = problem.positions <= 1 ? Norm::kRow : gram <= outer ? Norm::kGram : Norm::kOuter;
   const double alone_flops = alone == Norm::kRow    ? B * 2 * (p + d)
                              : alone == Norm::kGram ? B * T * T * (p + d)
                                                     : B * (2 * T * p * d + 2 * p * d);
   if (!problem.wgrad) return Plan{alone, Wgrad::kNone, alone_flops};
 
-  const double matmul = 2 * T * p * d / speed.vendor, product = product_time(speed, T, 0, p, d);
-  const double separately = (alone == Norm::kGram ? gram : outer) + (matmul <= product ? matmul : product);
-  if (alone != Norm::kRow && product_time(speed, T, kCarryOverhead, p, d) <= separately) {
+  // The formula does not depend on the batch: it is chosen as for a large one, to which the weight gradient is written
+  // but once.
+  const double matmul = matmul_time(speed, T, p, d), product = 2 * T * (p + kPadding) * (d + kPadding) / speed.wgrad;
+  const double separately = (gram <= outer ? gram : outer) + (matmul <= product ? matmul : product);
+  if (alone != Norm::kRow && fused_time(speed, T, p, d) <= separately) {
     return Plan{Norm::kFused, Wgrad::kFused, B * (2 * T * p * d + 4 * p * d)};
   }
-  const bool by_product = product_time(speed, B * T, kCarryOverhead, p, d) < B * matmul;
+  const bool by_product = product_time(speed, B * T, p, d) < matmul_time(speed, B * T, p, d);
   return Plan{alone, by_product ? Wgrad::kProduct : Wgrad::kMatmul, alone_flops + B * 2 * T * p * d};
 }
 
@@ -114,34 +129,34 @@ struct ConvProblem {
   bool wgrad;
 };
 
-// Measured as the above, on layers of residual networks; `vendor` is oneDNN's weight gradient.
+// Measured as the above, on layers of residual networks; `matmul` is oneDNN's weight gradient.
 constexpr Speeds conv_speeds(DType dtype, Machine machine) {
-  Speeds speed = speeds(dtype, machine);
-  if (dtype == DType::kFloat32 && machine == Machine::kCpuAvx512) speed.vendor = 205;
-  return speed;
+  const Speeds speed = speeds(dtype, machine);
+  if (machine != Machine::kCpuAvx512 && machine != Machine::kCpuAvx512Bf16) return speed;
+  const double width = dtype == DType::kFloat64 ? 0.5 : 1.0;
+  return Speeds{dtype == DType::kFloat32 ? 205 : speed.matmul, 220 * width, 220 * width, 140 * width};
 }
 
-// Operations for each element of a patch that is formed.
-constexpr double kPatchOverhead = 45;
+// Operations for each element of a patch that is formed, and for each element of the weight gradient that is carried.
+constexpr double kPatchOverhead = 45, kConvCarryOverhead = 11;
 
 constexpr Plan conv_plan(const ConvProblem& problem) {
   const double B = static_cast<double>(problem.batch * problem.groups), T = static_cast<double>(problem.positions);
   const double p = static_cast<double>(problem.in_features), d = static_cast<double>(problem.out_features);
-  const double wgrad_flops = problem.wgrad ? B * 2 * T * p * d : 0;
   const Speeds speed = conv_speeds(problem.dtype, problem.machine);
-  const double pairs = T * (T + 4) / 2;
-  const double gram_time = (pairs * (2 * (p + d) + kPairOverhead) + kPatchOverhead * T * p) / speed.gram;
-  const double outer_time = (2 * T + kSquareOverhead) * p * d / speed.product;
-  const double fused_time = (2 * T + kCarryOverhead) * p * d / speed.product;
-  const double wgrad_time = 2 * T * p * d / speed.vendor;
+  const double gram = gram_time(speed, T, p, d) + kPatchOverhead * T * p / speed.gram;
+  const double outer = (2 * T + kSquareOverhead) * p * d / speed.outer;
+  const double fused = (2 * T + kConvCarryOverhead) * p * d / speed.wgrad;
+  const double matmul = 2 * T * p * d / speed.matmul;
 
-  const bool gram_wins = problem.machine != Machine::kCuda && gram_time <= outer_time;
-  if (problem.wgrad && (!gram_wins || fused_time <= wgrad_time + gram_time)) {
+  const bool gram_wins = problem.machine != Machine::kCuda && gram <= outer;
+  if (problem.wgrad && (!gram_wins || fused <= matmul + gram)) {
     return Plan{Norm::kFused, Wgrad::kFused, B * (2 * T * p * d + 4 * p * d)};
   }
-  if (gram_wins)
-    return Plan{Norm::kGram, problem.wgrad ? Wgrad::kMatmul : Wgrad::kNone, B * T * T * (p + d) + wgrad_flops};
-  return Plan{Norm::kOuter, Wgrad::kNone, B * (2 * T * p * d + 2 * p * d)};
+  if (!gram_wins) return Plan{Norm::kOuter, Wgrad::kNone, B * (2 * T * p * d + 2 * p * d)};
+  const double gram_flops = B * T * T * (p + d);
+  if (!problem.wgrad) return Plan{Norm::kGram, Wgrad::kNone, gram_flops};
+  return Plan{Norm::kGram, Wgrad::kMatmul, gram_flops + B * 2 * T * p * d};
 }
 
 }  // namespace ghostgrad::core
