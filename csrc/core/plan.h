@@ -43,9 +43,10 @@ struct Plan {
 };
 
 // How fast things run, in operations per nanosecond and thread: PyTorch's own matrix product, our panels for norms
-// alone and with the weight gradient (fused, or of the batch as one sample), and blocks of inner products.
+// alone and with the weight gradient (fused, or of the batch as one sample), and blocks of inner products; and how many
+// rows and columns the panels of a product have too many: about the width of one.
 struct Speeds {
-  double matmul, outer, wgrad, gram;
+  double matmul, outer, wgrad, gram, padding;
 };
 
 // Fitted to benchmarks/grid.py on one thread of an AMD EPYC 9005 (torch 2.13, MKL and oneDNN), where MKL uses no
@@ -59,25 +60,24 @@ constexpr Speeds speeds(DType dtype, Machine machine) {
   const double matmul = dtype == DType::kFloat16 ? 8 : 95 * width;
   switch (machine) {
     case Machine::kCuda:
-      return half ? Speeds{600, 10, 10, 10} : Speeds{50, 10, 10, 10};
+      return half ? Speeds{600, 10, 10, 10, 32} : Speeds{50, 10, 10, 10, 32};
     case Machine::kCpuAvx512Bf16:
-      if (dtype == DType::kBFloat16) return Speeds{410, 375, 350, 300};
+      if (dtype == DType::kBFloat16) return Speeds{410, 375, 350, 300, 32};
       [[fallthrough]];
     case Machine::kCpuAvx512:
-      return Speeds{matmul, 190 * width, 170 * width, 140 * width};
+      return Speeds{matmul, 190 * width, 170 * width, 140 * width, 32};
     case Machine::kCpuAvx2:
-      return Speeds{matmul, 105 * width, 96 * width, 95 * width};
+      return Speeds{matmul, 105 * width, 96 * width, 95 * width, 16};
     case Machine::kCpuPortable:
       break;
   }
-  return Speeds{matmul, 44 * width, 42 * width, (half ? 20 : 44) * width};
+  return Speeds{matmul, 44 * width, 42 * width, (half ? 20 : 44) * width, 8};
 }
 
 // What comes on top, in operations at the same speed: for a pair of positions, adding up its lanes; for an element read
-// once; for an element of a product, squaring it, adding it to a running weight gradient, writing it out; and rows and
-// columns of a product that are but padding, on average.
+// once; for an element of a product, squaring it, adding it to a running weight gradient, writing it out.
 constexpr double kPairOverhead = 330, kReadOverhead = 10, kSquareOverhead = 5, kCarryOverhead = 6, kStoreOverhead = 40;
-constexpr double kPadding = 32, kMatmulPadding = 16;
+constexpr double kMatmulPadding = 16;  // the same for PyTorch's
 
 // Nanoseconds for one sample.
 constexpr double gram_time(const Speeds& speed, double T, double p, double d) {
@@ -85,17 +85,17 @@ constexpr double gram_time(const Speeds& speed, double T, double p, double d) {
   return (pairs * (2 * (p + d) + kPairOverhead) + kReadOverhead * T * (p + d)) / speed.gram;
 }
 constexpr double outer_time(const Speeds& speed, double T, double p, double d) {
-  return (2 * T + kSquareOverhead) * (p + kPadding) * (d + kPadding) / speed.outer;
+  return (2 * T + kSquareOverhead) * (p + speed.padding) * (d + speed.padding) / speed.outer;
 }
 constexpr double fused_time(const Speeds& speed, double T, double p, double d) {
-  return (2 * T + kCarryOverhead) * (p + kPadding) * (d + kPadding) / speed.wgrad;
+  return (2 * T + kCarryOverhead) * (p + speed.padding) * (d + speed.padding) / speed.wgrad;
 }
 // Of all samples together: the weight gradient by itself.
 constexpr double matmul_time(const Speeds& speed, double rows, double p, double d) {
   return 2 * rows * (p + kMatmulPadding) * (d + kMatmulPadding) / speed.matmul;
 }
 constexpr double product_time(const Speeds& speed, double rows, double p, double d) {
-  return (2 * rows + kStoreOverhead) * (p + kPadding) * (d + kPadding) / speed.wgrad;
+  return (2 * rows + kStoreOverhead) * (p + speed.padding) * (d + speed.padding) / speed.wgrad;
 }
 
 constexpr Plan plan(const Problem& problem) {
@@ -111,7 +111,8 @@ constexpr Plan plan(const Problem& problem) {
 
   // The formula does not depend on the batch: it is chosen as for a large one, to which the weight gradient is written
   // but once.
-  const double matmul = matmul_time(speed, T, p, d), product = 2 * T * (p + kPadding) * (d + kPadding) / speed.wgrad;
+  const double matmul = matmul_time(speed, T, p, d),
+               product = 2 * T * (p + speed.padding) * (d + speed.padding) / speed.wgrad;
   const double separately = (gram <= outer ? gram : outer) + (matmul <= product ? matmul : product);
   if (alone != Norm::kRow && fused_time(speed, T, p, d) <= separately) {
     return Plan{Norm::kFused, Wgrad::kFused, B * (2 * T * p * d + 4 * p * d)};
@@ -134,7 +135,7 @@ constexpr Speeds conv_speeds(DType dtype, Machine machine) {
   const Speeds speed = speeds(dtype, machine);
   if (machine != Machine::kCpuAvx512 && machine != Machine::kCpuAvx512Bf16) return speed;
   const double width = dtype == DType::kFloat64 ? 0.5 : 1.0;
-  return Speeds{dtype == DType::kFloat32 ? 205 : speed.matmul, 220 * width, 220 * width, 140 * width};
+  return Speeds{dtype == DType::kFloat32 ? 205 : speed.matmul, 220 * width, 220 * width, 140 * width, 0};
 }
 
 // Operations for each element of a patch that is formed, and for each element of the weight gradient that is carried.

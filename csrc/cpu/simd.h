@@ -125,7 +125,7 @@ constexpr int kElements = FactorOf<S>::kElements;
 
 // The factor that begins with *first; *second, if there is one, completes a pair.
 template <class S>
-GHOSTGRAD_HD Factor<S> factor(const S* first, const S* second) {
+GHOSTGRAD_HD Factor<S> factor(const S* first, [[maybe_unused]] const S* second) {
 #if defined(__AVX512BF16__)
   if constexpr (kElements<S> == 2) {
     return BFloat16Pair{first->bits | (second == nullptr ? 0u : static_cast<uint32_t>(second->bits) << 16)};
@@ -153,6 +153,15 @@ GHOSTGRAD_HD Vector<core::accumulation_t<S>> load_factors(const S* from, int64_t
   const uint32_t mask = (1u << (static_cast<uint32_t>(count) * (sizeof(S) / 2))) - 1;
   _mm512_store_si512(part, _mm512_maskz_loadu_epi16(mask, from));
 #else
+#if defined(__AVX2__)
+  if constexpr (sizeof(S) >= 4) {
+    const __m256i places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count * (sizeof(S) / 4))), places);
+    const __m256i loaded = _mm256_maskload_epi32(reinterpret_cast<const int*>(from), mask);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(part), loaded);
+    return load_factors(static_cast<const S*>(part));
+  }
+#endif
   for (int64_t i = 0; i < count; ++i) part[i] = from[i];
 #endif
   return load_factors(static_cast<const S*>(part));
