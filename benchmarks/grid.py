@@ -191,6 +191,13 @@ def machine(threads: int) -> dict[str, Any]:
     return {"processor": name, "kernels": _C.cpu_capability(), "torch": torch.__version__, "threads": threads}
 
 
+def save(to: Path, head: dict[str, Any], tables: dict[str, list[dict[str, Any]]]) -> None:
+    """A row a line, so that a change can be read."""
+    entries = [f' "{key}": {json.dumps(value)}' for key, value in head.items()]
+    entries += [f' "{key}": [\n  ' + ",\n  ".join(map(json.dumps, rows)) + "\n ]" for key, rows in tables.items()]
+    to.write_text("{\n" + ",\n".join(entries) + "\n}\n")
+
+
 def line(row: dict[str, Any]) -> str:
     sizes = " ".join(f"{row[key]:>5}" for key in (("B", "T", "p", "d") if "T" in row else ("B", "c", "size", "d", "kernel", "stride", "groups")))
     choices = "  ".join(f"{row[key]['planned']:>{n}} {row[key]['best']:>{n}} {row[key]['ratio']:5.2f}" for key, n in (("norms", 5), ("both", 13)))
@@ -235,8 +242,7 @@ def main() -> None:
     rows = [results[tuple(shape)] for shape in shapes() if tuple(shape) in results]
     print(summary(rows))
     if arguments.out:
-        head = json.dumps(machine(arguments.threads), indent=1).removesuffix("\n}")
-        arguments.out.write_text(f'{head},\n "rows": [\n  ' + ",\n  ".join(json.dumps(row) for row in rows) + "\n ]\n}\n")
+        save(arguments.out, machine(arguments.threads), {"rows": rows})
 
 
 if __name__ == "__main__":

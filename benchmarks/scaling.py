@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from grid import KEEP_MEMORY, Step, clock, machine
+from grid import KEEP_MEMORY, Step, clock, machine, save
 from scipy.stats import linregress
 from torch import nn
 
@@ -79,17 +79,19 @@ def draw(results: dict[str, Any], to: Path) -> None:
     labels = {"B": "samples B", "T": "positions T", "width": "width"}
     with mpl.rc_context({"svg.hashsalt": "ghostgrad", "svg.fonttype": "path", "font.size": 9}):
         figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.2), sharey=True, layout="constrained")
-        for axis, (key, rows) in zip(axes, results["sweeps"].items()):
+        for axis, key in zip(axes, SWEEPS):
+            rows = results[key]
             sizes = [row[key] for row in rows]
             for name, style in zip(NAMES, ({"color": "0.45", "marker": "o"}, {"color": "C0", "marker": "s"}, {"color": "C1", "marker": "^", "ls": "--"})):
                 fitted, _ = results["slopes"][key][name]
                 axis.loglog(sizes, [row["ms"][name] for row in rows], markersize=3.5, lw=1.2, label=f"{NAMES[name]}: {fitted:.2f}", **style)
             rest = ", ".join(f"{other} = {rows[0][other]}" for other in BASE if other != key)
-            axis.set(xlabel=labels[key], title=rest)
+            axis.set_xlabel(labels[key])
+            axis.set_title(rest, fontsize=9)
             axis.set_xscale("log", base=2)
             axis.set_xticks(sizes[:: 2 if len(sizes) > 8 else 1], [str(size) for size in sizes[:: 2 if len(sizes) > 8 else 1]], minor=False)
             axis.grid(alpha=0.25, lw=0.6)
-            axis.legend(title=f"slope at the {FITTED} largest", title_fontsize=8, fontsize=8, frameon=False, loc="upper left")
+            axis.legend(title=f"slope at the {FITTED} largest", title_fontsize=8, fontsize=8, frameon=False, loc="upper left", alignment="left")
             axis.spines[["top", "right"]].set_visible(False)
         axes[0].set_ylabel("milliseconds a step")
         figure.savefig(to, metadata={"Date": None} if to.suffix == ".svg" else None, dpi=150)
@@ -117,8 +119,7 @@ def main() -> None:
             print(f"{key:5} {row[key]:5}  {row['ms']['plain']:9.3f} ms  tap {row['ratio']['tap']:5.2f}  alone {row['ratio']['alone']:5.2f}", flush=True)
         print(f"{key:5} slopes " + ", ".join(f"{name} {value:.2f} +- {error:.2f}" for name, (value, error) in slopes[key].items()))
     if arguments.out:
-        results = {**machine(arguments.threads), "rounds": arguments.rounds, "slopes": slopes, "sweeps": sweeps}
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        save(arguments.out, {**machine(arguments.threads), "rounds": arguments.rounds, "slopes": slopes}, sweeps)
 
 
 if __name__ == "__main__":
