@@ -26,8 +26,8 @@ def test_a_plan_for_every_problem(B: int, T: int, p: int, d: int, dtype: torch.d
     assert 0 <= plan.flops < float("inf")
     # a and b play the same part
     assert plan.formula == ops.plan(B, T, d, p, dtype, device, wgrad).formula
-    # every cost of the norms is a sum over samples
-    assert B == 0 or plan.formula == ops.plan(1, T, p, d, dtype, device, wgrad).formula
+    # every cost of the norms is a sum over samples, but a lone sample's weight gradient may bring its norm along
+    assert B < 2 or plan.formula == ops.plan(2, T, p, d, dtype, device, wgrad).formula
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

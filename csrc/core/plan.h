@@ -109,8 +109,8 @@ constexpr Plan plan(const Problem& problem) {
                                                     : B * (2 * T * p * d + 2 * p * d);
   if (!problem.wgrad) return Plan{alone, Wgrad::kNone, alone_flops};
 
-  // The formula does not depend on the batch: it is chosen as for a large one, to which the weight gradient is written
-  // but once.
+  // The formula does not depend on the batch, if there is one: it is chosen as for a large batch, for which the weight
+  // gradient is written but once.
   const double matmul = matmul_time(speed, T, p, d),
                product = 2 * T * (p + speed.padding) * (d + speed.padding) / speed.wgrad;
   const double separately = (gram <= outer ? gram : outer) + (matmul <= product ? matmul : product);
@@ -118,6 +118,9 @@ constexpr Plan plan(const Problem& problem) {
     return Plan{Norm::kFused, Wgrad::kFused, B * (2 * T * p * d + 4 * p * d)};
   }
   const bool by_product = product_time(speed, B * T, p, d) < matmul_time(speed, B * T, p, d);
+  if (by_product && problem.batch == 1 && alone != Norm::kRow) {  // that product gives the only norm, too
+    return Plan{Norm::kFused, Wgrad::kFused, 2 * T * p * d + 4 * p * d};
+  }
   return Plan{alone, by_product ? Wgrad::kProduct : Wgrad::kMatmul, alone_flops + B * 2 * T * p * d};
 }
 
