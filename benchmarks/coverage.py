@@ -2,7 +2,7 @@
 
     python benchmarks/coverage.py [--out docs/coverage.md] [--timeout 120] [--messages]
 
-    pip install numpy opacus backpack-for-pytorch torchjd    # the peers; one that is missing is left out of the table
+The libraries are those of peers.py, which says how to install them; one that is missing is left out of the table.
 
 A library runs in a process of its own, every case on a freshly built model in float32, and its norms are compared with autograd in float64, one sample at a
 time. A case that hangs or kills the process is recorded as such, and the next one starts in a new process.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import platform
@@ -27,22 +26,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from peers import PEERS, Peer, installed
+
+from ghostgrad.bench.problems import Problem
+from ghostgrad.bench.steps import Method, attempt
 from helpers import build, loop_sqnorms, loss_fn
 from models import CASES, Case
 
-TOLERANCE = 1e-3
-Inputs = tuple[Tensor, ...]
-Norms = Tensor | dict[str, Tensor]  # the sum over the parameters, or what each parameter that has a value got
 
+def ghostgrad(problem: Problem) -> Callable[[], dict[str, Tensor]]:
+    import ghostgrad as gg
 
-class SumOfLosses(nn.Module):
-    """``loss_fn`` is a mean over the samples; this is their sum."""
-
-    def forward(self, out: Tensor, target: Tensor) -> Tensor:
-        return len(target) * loss_fn(out, target)
+    return lambda: gg.sqnorms(problem.model, problem.loss_fn, *problem.inputs, problem.target, by_param=True)
 
 
 def losses(out: Tensor, target: Tensor) -> Tensor:
@@ -50,125 +48,21 @@ def losses(out: Tensor, target: Tensor) -> Tensor:
     return torch.stack([loss_fn(out[i : i + 1], target[i : i + 1]) for i in range(len(target))])
 
 
-def square_sum(grads: Tensor) -> Tensor:
-    return grads.reshape(len(grads), -1).square().sum(1)  # a scalar parameter's are (B,)
-
-
-def of_attribute(params: dict[str, Tensor], attribute: str) -> dict[str, Tensor]:
-    """What the library left on the parameters. They are looked up before its call, as a module used twice may not hold them any more after it."""
-    found = {name: getattr(p, attribute, None) for name, p in params.items()}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def ghostgrad(model: nn.Module, inputs: Inputs, target: Tensor) -> Norms:
-    import ghostgrad as gg
-
-    norms: dict[str, Tensor] = gg.sqnorms(model, loss_fn, *inputs, target, by_param=True)
-    return norms
-
-
-def vmap_grad(model: nn.Module, inputs: Inputs, target: Tensor) -> Norms:
-    from torch.func import functional_call, grad, vmap
-
-    params, buffers = {k: v.detach() for k, v in model.named_parameters()}, dict(model.named_buffers())
-
-    def loss(params: dict[str, Tensor], sample: Inputs, goal: Tensor) -> Tensor:
-        return loss_fn(functional_call(model, (params, buffers), tuple(t[None] for t in sample)), goal[None])
-
-    grads = vmap(grad(loss), (None, 0, 0))(params, inputs, target)
-    return {name: square_sum(g) for name, g in grads.items()}
-
-
-def opacus_hooks(model: nn.Module, inputs: Inputs, target: Tensor, force_functorch: bool = False) -> Norms:
-    from opacus import GradSampleModule
-
-    params = dict(model.named_parameters())
-    wrapped = GradSampleModule(model, loss_reduction="sum", force_functorch=force_functorch)
-    SumOfLosses()(wrapped(*inputs), target).backward()
-    return {name: square_sum(g) for name, g in of_attribute(params, "grad_sample").items()}
-
-
-def opacus_functorch(model: nn.Module, inputs: Inputs, target: Tensor) -> Norms:
-    return opacus_hooks(model, inputs, target, force_functorch=True)
-
-
-def opacus_ghost(model: nn.Module, inputs: Inputs, target: Tensor) -> Norms:
-    from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
-
-    wrapped = GradSampleModuleFastGradientClipping(model, loss_reduction="sum", max_grad_norm=1.0, use_ghost_clipping=True)
-    SumOfLosses()(wrapped(*inputs), target).backward()
-    norms: Tensor = wrapped.get_norm_sample()  # raises if a parameter has none
-    return norms.square()
-
-
-def backpack_l2(model: nn.Module, inputs: Inputs, target: Tensor) -> Norms:
-    from backpack import backpack, extend
-    from backpack.extensions import BatchL2Grad
-
-    params = dict(model.named_parameters())
-    model, loss = extend(model), extend(SumOfLosses())
-    with backpack(BatchL2Grad()):
-        loss(model(*inputs), target).backward()
-    return of_attribute(params, "batch_l2")
-
-
-def torchjd_gramian(model: nn.Module, inputs: Inputs, target: Tensor, batch_dim: int | None = 0) -> Norms:
-    from torchjd.autogram import Engine
-
-    engine = Engine(model, batch_dim=batch_dim)
-    gramian: Tensor = engine.compute_gramian(losses(model(*inputs), target))
-    return gramian.diagonal()
-
-
-def torchjd_unbatched(model: nn.Module, inputs: Inputs, target: Tensor) -> Norms:
-    return torchjd_gramian(model, inputs, target, batch_dim=None)
-
-
-def expanded_weights(model: nn.Module, inputs: Inputs, target: Tensor) -> Norms:
-    from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
-
-    params = dict(model.named_parameters())
-    out = call_for_per_sample_grads(model, batch_size=len(target), loss_reduction="sum")(*inputs)
-    SumOfLosses()(out, target).backward()
-    return {name: square_sum(g) for name, g in of_attribute(params, "grad_sample").items()}
-
-
-# Column: (package as imported, as installed, the call)
-LIBRARIES: dict[str, tuple[str, str, Callable[[nn.Module, Inputs, Tensor], Norms]]] = {
-    "ghostgrad": ("ghostgrad", "ghostgrad", ghostgrad),
-    "torch.func vmap(grad)": ("torch", "torch", vmap_grad),
-    "Opacus hooks": ("opacus", "opacus", opacus_hooks),
-    "Opacus ghost": ("opacus", "opacus", opacus_ghost),
-    "Opacus functorch": ("opacus", "opacus", opacus_functorch),
-    "BackPACK": ("backpack", "backpack-for-pytorch", backpack_l2),
-    "TorchJD": ("torchjd", "torchjd", torchjd_gramian),
-    "TorchJD, batch_dim=None": ("torchjd", "torchjd", torchjd_unbatched),
-    "ExpandedWeights": ("torch", "torch", expanded_weights),
+# By the column's head
+LIBRARIES: dict[str, Peer] = {
+    peer.title: peer
+    for peer in (
+        Peer("ghostgrad", "ghostgrad", "ghostgrad", ghostgrad),
+        *(PEERS[name] for name in "vmap opacus-hooks opacus-ghost opacus-functorch backpack torchjd torchjd-unbatched expanded-weights".split()),
+    )
 }
 
 
-def verdict(case: Case, call: Callable[[nn.Module, Inputs, Tensor], Norms]) -> tuple[str, str]:
+def verdict(case: Case, method: Method) -> tuple[str, str]:
     """The cell's text, and an exception's message."""
     model, inputs, target = build(case)
-    truth = loop_sqnorms(model, inputs, target)
-    try:
-        norms = call(model, inputs, target)
-    except Exception as error:
-        refused = type(error).__module__.startswith("ghostgrad")
-        return f"{'refused' if refused else 'error'} ({type(error).__name__})", str(error)
-    if isinstance(norms, dict):
-        missing = [name for name, exact in truth.items() if name not in norms and exact.any()]
-        if missing:
-            return f"missing {len(missing)} of {len(truth)}", ", ".join(missing)
-        odd = {name: tuple(norm.shape) for name, norm in norms.items() if norm.shape != target.shape}
-        if odd:
-            return "wrong shape", str(odd)
-        norms = torch.stack([norm.detach().double() for norm in norms.values()]).sum(0)
-    exact = torch.stack(list(truth.values())).sum(0)
-    if norms.shape != exact.shape:
-        return "wrong shape", str(tuple(norms.shape))
-    error = ((norms.detach().double() - exact).abs() / exact).max().item()
-    return ("ok" if error <= TOLERANCE else f"wrong {error:.0e}"), ""  # a nan is not <=
+    text, particulars, _ = attempt(method, Problem(model, inputs, target, loss_fn, losses), loop_sqnorms(model, inputs, target))
+    return text, particulars
 
 
 def worker(library: str, start: int) -> None:
@@ -176,11 +70,11 @@ def worker(library: str, start: int) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
-    call = LIBRARIES[library][2]
+    method = LIBRARIES[library].prepare
     for case in CASES[start:]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            print(json.dumps(verdict(case, call)), flush=True)
+            print(json.dumps(verdict(case, method)), flush=True)
 
 
 def run(library: str, timeout: float) -> list[tuple[str, str]]:
@@ -270,7 +164,7 @@ Every library gets the model as it is written, in float32, and is called as it d
 
 
 def report(results: dict[str, list[tuple[str, str]]], left_out: list[str]) -> str:
-    packages = dict.fromkeys(["torch", *(LIBRARIES[name][1] for name in results)])
+    packages = dict.fromkeys(["torch", *(LIBRARIES[name].package for name in results)])
     counts = {name: Counter(cell.split()[0] for cell, _ in rows) for name, rows in results.items()}
     return TEXT.format(
         cases=len(CASES),
@@ -293,16 +187,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return worker(args.worker, args.start)
-    installed = {name for name, (module, _, _) in LIBRARIES.items() if importlib.util.find_spec(module)}
+    available = {name for name, peer in LIBRARIES.items() if installed(peer)}
     results = {}
-    for name in (name for name in LIBRARIES if name in installed):
+    for name in (name for name in LIBRARIES if name in available):
         results[name] = run(name, args.timeout)
         print(f"{name}: {dict(Counter(cell.split()[0] for cell, _ in results[name]))}", file=sys.stderr)
         if args.messages:
             for case, (cell, message) in zip(CASES, results[name]):
                 if cell != "ok":
                     print(f"    {case.name}: {cell} {' '.join(message.split())[:300]}", file=sys.stderr)
-    text = report(results, [name for name in LIBRARIES if name not in installed])
+    text = report(results, [name for name in LIBRARIES if name not in available])
     if args.out:
         args.out.write_text(text)
     else:

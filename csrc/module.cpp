@@ -59,14 +59,14 @@ core::Machine machine_of(const std::string& device) { return device == "cuda" ? 
 py::tuple plan(int64_t B, int64_t T, int64_t p, int64_t d, const std::string& dtype, const std::string& device,
                bool wgrad) {
   const core::Plan chosen = core::plan(core::Problem{B, T, p, d, dtype_named(dtype), machine_of(device), wgrad});
-  return py::make_tuple(name_of(chosen.norm), chosen.flops, name_of(chosen.wgrad));
+  return py::make_tuple(name_of(chosen.norm), chosen.flops, 1e-9 * chosen.time, name_of(chosen.wgrad));
 }
 
 py::tuple conv_plan(int64_t B, int64_t T, int64_t p, int64_t d, int64_t groups, const std::string& dtype,
                     const std::string& device, bool wgrad) {
   const core::Plan chosen =
       core::conv_plan(core::ConvProblem{B, T, p, d, groups, dtype_named(dtype), machine_of(device), wgrad});
-  return py::make_tuple(name_of(chosen.norm), chosen.flops, name_of(chosen.wgrad));
+  return py::make_tuple(name_of(chosen.norm), chosen.flops, 1e-9 * chosen.time, name_of(chosen.wgrad));
 }
 
 }  // namespace
@@ -83,7 +83,15 @@ PYBIND11_MODULE(_C, m) {
       "cpu_capability", [] { return std::string(cpu::name_of(cpu::capability())); },
       "The instruction set that the CPU kernels run with: portable, avx2, avx512 or avx512bf16.");
   m.def("plan", &plan, py::arg("B"), py::arg("T"), py::arg("p"), py::arg("d"), py::arg("dtype"), py::arg("device"),
-        py::arg("wgrad"), "The formula chosen for a layer's squared norms, and its floating-point operations.");
+        py::arg("wgrad"),
+        "The formula chosen for a layer's squared norms, its floating-point operations, seconds, and where the weight "
+        "gradient comes from.");
+  m.def(
+      "product_seconds",
+      [](double flops, const std::string& dtype, const std::string& device) {
+        return 1e-9 * flops / core::speeds(dtype_named(dtype), machine_of(device)).matmul;
+      },
+      py::arg("flops"), py::arg("dtype"), py::arg("device"), "What the plan expects of PyTorch's own matrix product.");
   m.def("conv_plan", &conv_plan, py::arg("B"), py::arg("T"), py::arg("p"), py::arg("d"), py::arg("groups"),
         py::arg("dtype"), py::arg("device"), py::arg("wgrad"), "The same for a convolution's weight.");
 }

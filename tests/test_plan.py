@@ -23,7 +23,7 @@ def test_a_plan_for_every_problem(B: int, T: int, p: int, d: int, dtype: torch.d
     assert (plan.formula == "row") == (T <= 1)
     assert (plan.wgrad == "fused") == (plan.formula == "fused")
     assert (plan.wgrad in ("matmul", "product", "fused")) if wgrad else plan.wgrad == ""
-    assert 0 <= plan.flops < float("inf")
+    assert 0 <= plan.flops < float("inf") and 0 <= plan.seconds < float("inf")
     # a and b play the same part
     assert plan.formula == ops.plan(B, T, d, p, dtype, device, wgrad).formula
     # every cost of the norms is a sum over samples, but a lone sample's weight gradient may bring its norm along
@@ -43,6 +43,16 @@ def test_flops() -> None:
     assert ops.plan(3, 1, 5, 7).flops == 3 * 2 * (5 + 7)
     assert ops.plan(3, 1, 5, 7, wgrad=True).flops == 3 * (2 * (5 + 7) + 2 * 5 * 7)
     assert ops.plan(2, 4, 1024, 1024).flops == 2 * 4 * 4 * 2048
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_seconds(device: str) -> None:
+    for T, p, d in [(2, 256, 256), (64, 512, 64), (4096, 64, 64)]:
+        one, two = ops.plan(1, T, p, d, device=device), ops.plan(2, T, p, d, device=device)
+        assert 0 < one.seconds < ops.plan(1, T, p, d, device=device, wgrad=True).seconds
+        assert two.seconds == pytest.approx(2 * one.seconds)
+        assert ops.conv_plan(2, T, p, d, 3, device=device).seconds == pytest.approx(6 * ops.conv_plan(1, T, p, d, device=device).seconds)
+    assert ops.plan(3, 1, 64, 64, device=device).seconds == 0  # reading is all there is to do
 
 
 def test_errors() -> None:

@@ -115,6 +115,21 @@ def test_permuting_the_batch_permutes_the_norms_and_scaling_the_loss_squares(cas
     torch.testing.assert_close(gg.sqnorms(model, lambda out, y: -3 * loss_fn(out, y), *inputs, target), 9 * norms, **close)
 
 
+@pytest.mark.filterwarnings("ignore:ghostgrad")
+@pytest.mark.parametrize("name", ["transformer, tied", "packed projections"])
+def test_norms_and_gradient_of_several_uses_come_from_one_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a table that is also a head, and of parts of a matrix."""
+    alone: list[Tensor] = []
+    norms_alone = gg.ops.sqnorm
+    monkeypatch.setattr(gg.ops, "sqnorm", lambda a, b: alone.append(a) or norms_alone(a, b))  # type: ignore[func-returns-value]
+    model, inputs, target = build(named(name))
+    with gg.tap(model):
+        loss_fn(model(*inputs), target).backward()
+    assert not alone
+    gg.sqnorms(model, loss_fn, *inputs, target)
+    assert alone
+
+
 POSITIONWISE = (
     "linear on sequences; x @ W.T; einsum; einsum over heads; scale and shift; layer norm; rms norm; embedding; embedding with padding; lora; "
     "module used twice; weight norm; bias used twice; autoencoder, tied; nearest centre; mixture of Gaussians; packed projections; complex einsum"

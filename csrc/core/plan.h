@@ -40,6 +40,7 @@ struct Plan {
   Norm norm;
   Wgrad wgrad;
   double flops;  // of everything asked for, the weight gradient included
+  double time;   // expected, in nanoseconds of one thread, where operations and not memory set the pace
 };
 
 // How fast things run, in operations per nanosecond and thread: PyTorch's own matrix product, our panels for norms
@@ -107,7 +108,8 @@ constexpr Plan plan(const Problem& problem) {
   const double alone_flops = alone == Norm::kRow    ? B * 2 * (p + d)
                              : alone == Norm::kGram ? B * T * T * (p + d)
                                                     : B * (2 * T * p * d + 2 * p * d);
-  if (!problem.wgrad) return Plan{alone, Wgrad::kNone, alone_flops};
+  const double alone_time = alone == Norm::kRow ? 0 : B * (gram <= outer ? gram : outer);
+  if (!problem.wgrad) return Plan{alone, Wgrad::kNone, alone_flops, alone_time};
 
   // The formula does not depend on the batch, if there is one: it is chosen as for a large batch, for which the weight
   // gradient is written but once.
@@ -115,13 +117,15 @@ constexpr Plan plan(const Problem& problem) {
                product = 2 * T * (p + speed.padding) * (d + speed.padding) / speed.wgrad;
   const double separately = (gram <= outer ? gram : outer) + (matmul <= product ? matmul : product);
   if (alone != Norm::kRow && fused_time(speed, T, p, d) <= separately) {
-    return Plan{Norm::kFused, Wgrad::kFused, B * (2 * T * p * d + 4 * p * d)};
+    return Plan{Norm::kFused, Wgrad::kFused, B * (2 * T * p * d + 4 * p * d), B * fused_time(speed, T, p, d)};
   }
   const bool by_product = product_time(speed, B * T, p, d) < matmul_time(speed, B * T, p, d);
   if (by_product && problem.batch == 1 && alone != Norm::kRow) {  // that product gives the only norm, too
-    return Plan{Norm::kFused, Wgrad::kFused, 2 * T * p * d + 4 * p * d};
+    return Plan{Norm::kFused, Wgrad::kFused, 2 * T * p * d + 4 * p * d, fused_time(speed, T, p, d)};
   }
-  return Plan{alone, by_product ? Wgrad::kProduct : Wgrad::kMatmul, alone_flops + B * 2 * T * p * d};
+  const double wgrad_time = by_product ? product_time(speed, B * T, p, d) : matmul_time(speed, B * T, p, d);
+  return Plan{alone, by_product ? Wgrad::kProduct : Wgrad::kMatmul, alone_flops + B * 2 * T * p * d,
+              alone_time + wgrad_time};
 }
 
 // The same for a convolution's weight, where p are the input channels of a group times kernel offsets and d the output
@@ -155,12 +159,12 @@ constexpr Plan conv_plan(const ConvProblem& problem) {
 
   const bool gram_wins = problem.machine != Machine::kCuda && gram <= outer;
   if (problem.wgrad && (!gram_wins || fused <= matmul + gram)) {
-    return Plan{Norm::kFused, Wgrad::kFused, B * (2 * T * p * d + 4 * p * d)};
+    return Plan{Norm::kFused, Wgrad::kFused, B * (2 * T * p * d + 4 * p * d), B * fused};
   }
-  if (!gram_wins) return Plan{Norm::kOuter, Wgrad::kNone, B * (2 * T * p * d + 2 * p * d)};
+  if (!gram_wins) return Plan{Norm::kOuter, Wgrad::kNone, B * (2 * T * p * d + 2 * p * d), B * outer};
   const double gram_flops = B * T * T * (p + d);
-  if (!problem.wgrad) return Plan{Norm::kGram, Wgrad::kNone, gram_flops};
-  return Plan{Norm::kGram, Wgrad::kMatmul, gram_flops + B * 2 * T * p * d};
+  if (!problem.wgrad) return Plan{Norm::kGram, Wgrad::kNone, gram_flops, B * gram};
+  return Plan{Norm::kGram, Wgrad::kMatmul, gram_flops + B * 2 * T * p * d, B * (gram + matmul)};
 }
 
 }  // namespace ghostgrad::core

@@ -13,6 +13,7 @@ from . import _C as _C
 from . import compiled as compiled
 from . import layers as layers
 from . import ops as ops
+from . import recurrent as recurrent
 from . import reference as reference
 from . import rules as rules
 from .contributions import Affine as Affine
@@ -22,6 +23,7 @@ from .contributions import Outer as Outer
 from .contributions import Positions as Positions
 from .contributions import Rows as Rows
 from .contributions import Segments as Segments
+from .costs import explain as explain
 from .errors import BatchCouplingError as BatchCouplingError
 from .errors import GhostgradError as GhostgradError
 from .errors import TapStateError as TapStateError

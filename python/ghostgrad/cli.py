@@ -1,6 +1,7 @@
-"""The command line: ``ghostgrad list``, ``ghostgrad run NAME``, ``ghostgrad tour``.
+"""The command line: ``ghostgrad list``, ``ghostgrad run NAME``, ``ghostgrad tour``, ``ghostgrad bench``.
 
-Exit codes: 0 all claims hold, 1 a claim fails or training diverges, 2 the command was not understood or its directory cannot be used, 130 interrupted.
+Exit codes: 0 all claims hold, 1 a claim fails, training diverges or a problem of the benchmark has no numbers, 2 the command was not understood or its
+directory cannot be used, 130 interrupted.
 
 A subcommand is a function of the words after it, entered in ``COMMANDS``; its first docstring line is its help.
 """
@@ -130,7 +131,14 @@ def tour(args: Sequence[str]) -> int:
     return tour_main(list(args))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"list": list_settings, "run": run, "tour": tour}
+def bench(args: Sequence[str]) -> int:
+    """What norms cost on this machine: training steps with them over plain ones."""
+    from .bench.command import main as bench_main
+
+    return bench_main(list(args))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"list": list_settings, "run": run, "tour": tour, "bench": bench}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Rules of layers: normalisation, embeddings, convolutions, attention, recurrent networks.
+"""Rules of layers: normalisation, embeddings, convolutions, attention. Recurrent networks stand in :mod:`ghostgrad.recurrent`.
 
 Each says what the layer is in terms of contributions or of the rules that are there (:mod:`ghostgrad.rules`); importing this module registers them.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .contributions import Affine, Arranged, Gathered, Outer, Patches, Positions, Segments
 from .errors import BatchCouplingError
-from .layout import PLAIN, Known, Ragged, placed, sequences, to_samples
+from .layout import PLAIN, Known, Ragged, to_samples
 from .reference import accumulation_dtype
 from .rules import Call, add, body, linear, mul, reference_call, register_rule
 
@@ -612,108 +612,3 @@ def multi_head_attention(call: Call, *args: Any, **kwargs: Any) -> Any:
     """Packed or separate projections, attention, output projection: torch's own code, each of its operations intercepted in turn."""
     with call.resumed():
         return _MULTI_HEAD_ATTENTION(*args, **kwargs)
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Recurrent networks: the fused calls, written out in operations that have rules
-
-
-def _cell(kind: str, x: Tensor, state: tuple[Tensor, ...], weights: Sequence[Tensor], biased: bool) -> tuple[Tensor, ...]:
-    """One step: ``x`` is the projected input (B, gates), ``state`` (h,) or (h, c)."""
-    h = state[0]
-    recurrent = F.linear(h, weights[1], weights[3] if biased else None)
-    if kind in ("rnn_tanh", "rnn_relu"):
-        return (torch.tanh(x + recurrent) if kind == "rnn_tanh" else torch.relu(x + recurrent),)
-    if kind == "gru":
-        (xr, xz, xn), (hr, hz, hn) = x.chunk(3, -1), recurrent.chunk(3, -1)
-        reset, update = torch.sigmoid(xr + hr), torch.sigmoid(xz + hz)
-        return (torch.lerp(torch.tanh(xn + reset * hn), h, update),)
-    i, f, g, o = (x + recurrent).chunk(4, -1)
-    c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
-    h = torch.sigmoid(o) * torch.tanh(c)
-    if len(weights) > 2 + 2 * biased:  # a projected state
-        h = F.linear(h, weights[-1])
-    return h, c
-
-
-def _run_steps(
-    kind: str, steps: Sequence[Tensor], initial: tuple[Tensor, ...], weights: Sequence[Tensor], biased: bool, reverse: bool
-) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """One layer in one direction, from projected inputs (sequences, gates) for each step. Sequences come longest first: later steps may have fewer. Gives
-    the outputs of the steps and the last state of every sequence."""
-    outputs: list[Tensor] = []
-    ended: list[tuple[Tensor, ...]] = []
-    state = tuple(s[: len(steps[-1])] for s in initial) if reverse else initial
-    for x in steps[::-1] if reverse else steps:
-        running, count = len(state[0]), len(x)
-        if count < running:
-            ended.append(tuple(s[count:] for s in state))
-            state = tuple(s[:count] for s in state)
-        elif count > running:
-            state = tuple(torch.cat([s, start[running:count]]) for s, start in zip(state, initial))
-        state = _cell(kind, x, state, weights, biased)
-        outputs.append(state[0])
-    last = tuple(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(state, *ended[::-1]))
-    return outputs[::-1] if reverse else outputs, last
-
-
-def _fused_recurrent(call: Call, input: Tensor, *args: Any) -> Any:
-    """Layer by layer, direction by direction, step by step. A packed sequence, whose rows come step by step, is one with fewer and fewer rows per step."""
-    kind, packed = call.operation, isinstance(args[2], (list, tuple))
-    sizes, (hx, flat, biased, num_layers, dropout, training, bidirectional, *rest) = (args[0].tolist(), args[1:]) if packed else (None, args)
-    states = tuple(hx) if isinstance(hx, (list, tuple)) else (hx,)  # (layers * directions, sequences, H) each
-    along = 0 if packed or rest[0] else 1
-    layout = call.layout(input, ragged=True)
-    if layout.dim != along and call.batch_size != 1:
-        raise call.unsupported(f"its input of shape {tuple(input.shape)} must carry the samples along dimension {along}")
-    if call.batch_size == 1:
-        owner: Known | None = PLAIN
-    elif packed:
-        first = sequences(layout.rows(input, call.batch_size), args[0])
-        owner = None if first is None else placed(0, first, call.batch_size)
-    else:
-        owner = layout.at(0)
-    if owner is None:
-        raise call.unsupported("the steps of a packed sequence belong to several samples")
-    if any(call.is_data(s) and call.layout(s, ragged=True) != owner.at(1) for s in states) and call.batch_size != 1 and not call.tap._pass.recomputing:
-        raise call.unsupported("its initial states do not belong to the samples to which its sequences belong, in that order")
-    states = tuple(call.mark(call.expand(s, s.shape, owner.at(1)), owner.at(1)) if call.is_parameter(s) else s for s in states)
-    directions = 2 if bidirectional else 1
-    per_cell = len(flat) // (num_layers * directions)
-    with call.resumed():
-        x = input if packed or rest[0] else input.transpose(0, 1)  # (B, T, p), or packed (rows, p)
-        last: list[tuple[Tensor, ...]] = []
-        for layer in range(num_layers):
-            outputs = []
-            for direction in range(directions):
-                which = layer * directions + direction
-                weights = flat[which * per_cell : (which + 1) * per_cell]
-                state = tuple(call.mark(s[which], owner) for s in states)
-                projected = F.linear(x, weights[0], weights[2] if biased else None)
-                inputs = projected.split(sizes) if packed else projected.unbind(1)
-                steps, final = _run_steps(kind, inputs, state, weights, biased, direction == 1)
-                outputs.append(torch.cat(steps) if packed else torch.stack(steps, 1))
-                last.append(final)
-            x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-            if dropout and training and layer + 1 < num_layers:
-                x = F.dropout(x, dropout)
-        final_states = [torch.stack([state[i] for state in last]) for i in range(len(states))]
-        return (x if packed or rest[0] else x.transpose(0, 1), *final_states)
-
-
-for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
-    register_rule(getattr(torch, _name))(_fused_recurrent)
-
-
-def _fused_cell(call: Call, input: Tensor, hx: Any, *weights: Tensor | None) -> Any:
-    states = tuple(hx) if isinstance(hx, (list, tuple)) else (hx,)
-    biased = len(weights) > 3 and weights[2] is not None
-    with call.resumed():
-        states = tuple(s if call.is_data(s) else call.mark(s, PLAIN) for s in states)
-        projected = F.linear(input, weights[0], weights[2] if biased else None)  # type: ignore[arg-type]
-        new = _cell(call.operation.removesuffix("_cell"), projected, states, weights[: 4 if biased else 2], biased)  # type: ignore[arg-type]
-    return new if len(states) > 1 else new[0]
-
-
-for _name in ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"):
-    register_rule(getattr(torch, _name))(_fused_cell)

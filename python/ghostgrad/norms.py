@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,12 +27,12 @@ def _call(model: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
     return model(*inputs)
 
 
-def _tapped(model: Callable[..., Any], params: Parameters | None, **options: Any) -> Tap:
+def _tapped(model: Callable[..., Any], params: Parameters | None, want_grad: bool = False, **options: Any) -> Tap:
     if isinstance(model, nn.Module):
-        return Tap(model, params=params, want_grad=False, **options)
+        return Tap(model, params=params, want_grad=want_grad, **options)
     if params is None:
         raise TypeError("ghostgrad: the model is not a torch.nn.Module, so its parameters must be given: params=[...] or params={name: tensor}")
-    return Tap(params, want_grad=False, **options)
+    return Tap(params, want_grad=want_grad, **options)
 
 
 def _run(tap: Tap, model: Callable[..., Any], inputs: tuple[Any, ...], create_graph: bool) -> Any:
@@ -45,8 +45,27 @@ def _run(tap: Tap, model: Callable[..., Any], inputs: tuple[Any, ...], create_gr
         return _call(model, inputs)
 
 
-def _backward(tap: Tap, scalar: Tensor, create_graph: bool, retain_graph: bool | None = None) -> dict[str, Tensor]:
-    """The tap's norms for one scalar, without touching ``.grad`` and without forming weight gradients."""
+def _loss(caller: str, tap: Tap, model: Callable[..., Any], loss_fn: Callable[[Any, Any], Tensor], batch: tuple[Any, ...], create_graph: bool) -> Tensor:
+    """The tapped model's loss, reduced to a scalar."""
+    *inputs, target = batch
+    loss = loss_fn(_run(tap, model, tuple(inputs), create_graph), target)
+    if loss.dim() > 0:
+        if loss.shape != (tap.batch_size,):
+            raise ValueError(f"ghostgrad.{caller}: loss_fn must return a scalar or one loss per sample, ({tap.batch_size},), got shape {tuple(loss.shape)}")
+        tap.reduction, loss = "sum", loss.sum()
+    return loss
+
+
+def _check_arguments(caller: str, loss_fn: Callable[..., Any], batch: tuple[Any, ...], reduction: str) -> None:
+    if len(batch) < 2:
+        raise TypeError(f"ghostgrad.{caller}: give the model's inputs and then the target: {caller}(model, loss_fn, x, y)")
+    declared = getattr(loss_fn, "reduction", reduction)
+    if declared in ("mean", "sum") and declared != reduction:
+        raise ValueError(f"ghostgrad.{caller}: loss_fn has reduction={declared!r}, but reduction={reduction!r} was given; pass reduction={declared!r}")
+
+
+def _backward(tap: Tap, scalar: Tensor, create_graph: bool, retain_graph: bool | None = None, parameters: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+    """The tap's norms for one scalar, without touching ``.grad``. Weight gradients are formed if the tap wants them, those of other ``parameters``, too."""
     leaves = tap._pass.sources()
     if not scalar.requires_grad:
         raise TapStateError("ghostgrad: the result does not depend on any of the tapped parameters")
@@ -54,8 +73,8 @@ def _backward(tap: Tap, scalar: Tensor, create_graph: bool, retain_graph: bool |
         raise UnsupportedUseError(
             "ghostgrad: no use of a tapped parameter was seen, although the result has a gradient; is it computed outside of torch's functions?"
         )
-    parameters = [p for _, p in tap._names.values()]
-    # The parameters are asked for too: the tap returns nothing for them, so whatever arrives took a way around it, and the tap's hooks see that.
+    parameters = [p for _, p in tap._names.values()] if parameters is None else parameters
+    # The parameters are asked for too: what arrives without having been returned by the tap took a way around it, and the tap's hooks see that.
     grads = torch.autograd.grad(scalar, [*leaves.values(), *parameters], create_graph=create_graph, retain_graph=retain_graph, allow_unused=True)
     return tap._read(dict(zip(leaves, grads)))
 
@@ -96,18 +115,9 @@ def sqnorms(
 
     Cost: the forward pass and the backward pass without weight gradients, plus the norms.
     """
-    if len(batch) < 2:
-        raise TypeError("ghostgrad.sqnorms: give the model's inputs and then the target: sqnorms(model, loss_fn, x, y)")
-    declared = getattr(loss_fn, "reduction", reduction)
-    if declared in ("mean", "sum") and declared != reduction:
-        raise ValueError(f"ghostgrad.sqnorms: loss_fn has reduction={declared!r}, but reduction={reduction!r} was given; pass reduction={declared!r}")
-    *inputs, target = batch
+    _check_arguments("sqnorms", loss_fn, batch, reduction)
     with torch.enable_grad(), _tapped(model, params, by_param=by_param, reduction=reduction, **options) as tap:
-        loss = loss_fn(_run(tap, model, tuple(inputs), create_graph), target)
-        if loss.dim() > 0:
-            if loss.shape != (tap.batch_size,):
-                raise ValueError(f"ghostgrad.sqnorms: loss_fn must return a scalar or one loss per sample, ({tap.batch_size},), got shape {tuple(loss.shape)}")
-            tap.reduction, loss = "sum", loss.sum()
+        loss = _loss("sqnorms", tap, model, loss_fn, batch, create_graph)
         return _result(tap, _backward(tap, loss, create_graph), by_param, create_graph)
 
 
@@ -180,6 +190,16 @@ def output_sqnorms(
 # The check
 
 
+def _counted(names: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} x{count}" if count > 1 else name for name, count in names.items())
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of aligned columns."""
+    widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in (head, *body)]
+
+
 @dataclass(frozen=True)
 class CheckRow:
     """One parameter's comparison."""
@@ -212,18 +232,18 @@ class CheckReport:
             (
                 row.name,
                 "x".join(map(str, row.shape)) or "scalar",
-                ", ".join(f"{name} x{count}" if count > 1 else name for name, count in row.uses.items()) or "none",
+                _counted(row.uses) or "none",
                 f"{row.error:.1e}",
                 f"{row.loop_error:.1e}",
                 "ok" if row.ok else "WRONG",
             )
             for row in self.rows
         ]
-        widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in (head, *body)]
         wrong = sum(not row.ok for row in self.rows)
         verdict = "all agree" if not wrong else f"{wrong} of {len(self.rows)} differ"
-        return "\n".join((*lines, f"{verdict} with single-sample float64 autograd (relative, tolerance {self.tolerance:.0e} or twice the loop's own error)"))
+        return "\n".join(
+            (*_table(head, body), f"{verdict} with single-sample float64 autograd (relative, tolerance {self.tolerance:.0e} or twice the loop's own error)")
+        )
 
 
 def _loop(model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple[Any, ...], names: list[str]) -> Tensor:

@@ -565,6 +565,8 @@ class Plan(NamedTuple):
     """``"row"`` (T = 1: ``||a_i||^2 ||b_i||^2``), ``"gram"``, ``"outer"``, or ``"fused"`` with the weight gradient."""
     flops: float
     """Floating-point operations of everything asked for, the weight gradient included."""
+    seconds: float
+    """What those are expected to take on one thread, where they and not memory set the pace. Calibrated on one machine; on CUDA it is a guess."""
     wgrad: str
     """Where the weight gradient comes from: ``""`` (it is not wanted), ``"matmul"`` (PyTorch), ``"product"`` (:func:`wgrad_sqnorm` of the batch as one
     sample), or ``"fused"`` with the norms."""

@@ -143,19 +143,19 @@ class _Fused(torch.autograd.Function):
     """An operation with a backward of its own that returns the inputs' gradients and the parameters' contributions. Made of differentiable torch ops."""
 
     @staticmethod
-    def forward(ctx: Any, fused: tuple[Callable[..., Any], Callable[..., Any], tuple[Sink | None, ...]], *tensors: Tensor | None) -> Tensor:
-        forward, ctx.run_backward, ctx.sinks = fused
+    def forward(ctx: Any, fused: tuple[Callable[..., Any], Callable[..., Any], tuple[Sink | None, ...], int], *tensors: Tensor | None) -> Any:
+        forward, ctx.run_backward, ctx.sinks, results = fused
         ctx.set_materialize_grads(False)
         out = forward(*tensors)
-        out, kept = (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
+        out, kept = (out[:results], out[results:]) if isinstance(out, tuple) else ((out,), ())
         ctx.save_for_backward(*tensors, *kept)
-        return out
+        return out[0] if results == 1 else out
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
-        if g is None:
+    def backward(ctx: Any, *g: Tensor | None) -> tuple[Any, ...]:
+        if all(grad is None for grad in g):
             return (None,) * (1 + len(ctx.sinks))
-        lazy = ctx.run_backward(g, *ctx.saved_tensors)
+        lazy = ctx.run_backward(*g, *ctx.saved_tensors)
         grads = (
             None if item is None or not needed else _plain(item()) if sink is None else _deliver(sink, item)
             for item, sink, needed in zip(lazy, ctx.sinks, ctx.needs_input_grad[1:])
@@ -309,10 +309,26 @@ class Call:
             parameters: tracked parameters, functions of them, or untracked tensors or None.
             layout: where the samples lie in the result.
         """
+        return self.mark(self._fused(forward, backward, inputs, parameters, 1), layout)
+
+    def fuse_many(
+        self,
+        forward: Callable[..., tuple[Tensor, ...]],
+        backward: Callable[..., tuple[Callable[[], Any] | None, ...]],
+        inputs: Sequence[Tensor | None],
+        parameters: Sequence[Tensor | None],
+        layouts: Sequence[Known],
+    ) -> tuple[Tensor, ...]:
+        """The same with as many results as layouts: the first of what ``forward`` gives. ``backward`` gets their gradients first, None for results that are
+        not used."""
+        return tuple(map(self.mark, self._fused(forward, backward, inputs, parameters, len(layouts)), layouts))
+
+    def _fused(
+        self, forward: Callable[..., Any], backward: Callable[..., Any], inputs: Sequence[Tensor | None], parameters: Sequence[Tensor | None], results: int
+    ) -> Any:
         attached = [(t, None) if t is None or not self.is_parameter(t) else self.tap._attach_use(t) for t in parameters]
         sinks = (*(None for _ in inputs), *(sink for _, sink in attached))
-        out: Tensor = _Fused.apply((forward, backward, sinks), *inputs, *(t for t, _ in attached))
-        return self.mark(out, layout)
+        return _Fused.apply((forward, backward, sinks, results), *inputs, *(t for t, _ in attached))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ collector has been reached behind the tap's back: both are errors. Nothing is dr
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 import warnings
@@ -113,6 +114,7 @@ class _Pass:
         self.bypassed: set[str] = set()
         self.norms: dict[str, Tensor] | None = None
         self.regions: Any = None  # of compiled code: see ghostgrad.compiled
+        self.observe: Callable[[Sequence[_Node], Callable[[], Any]], Any] | None = None  # runs the collectors of some nodes, for ghostgrad.explain
 
     def expect_backward(self) -> None:
         """Another backward will be read apart from those before it."""
@@ -163,6 +165,11 @@ class _Node:
     def collect(self, grad: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """Runs in backward when all uses are in: the gradients of ``source`` and of the tap. ``grad``: that of the only use, if it is there already."""
         raise NotImplementedError
+
+    def observed(self, grad: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """:meth:`collect`, by way of who observes it."""
+        observe = self.owner.observe
+        return self.collect(grad) if observe is None else observe((self,), lambda: self.collect(grad))
 
     def release(self) -> None:
         self._attached = self._in_layer = None
@@ -250,7 +257,7 @@ class _Collect(torch.autograd.Function):
             return (None, None, *ctx.layer.collect(grads))
         for node, grad in zip(nodes, grads):
             node.refuse(grad)
-        collected = [node.collect() for node in nodes]
+        collected = [node.observed() for node in nodes]
         return (None, None, *(grad for grad, _ in collected), *(sqnorm for _, sqnorm in collected))
 
 
@@ -305,7 +312,7 @@ class _Layer:
             for node, grad in zip(nodes, grads):
                 node.refuse(grad)
         if b is None or self._task != task:  # the parameters' other uses alone
-            collected = [node.collect() for node in nodes]
+            collected = [node.observed() for node in nodes]
             return (*(grad for grad, _ in collected), *(sqnorm for _, sqnorm in collected))
         self._b = None
         if x is None:  # the second backward through this graph, which sqnorms() refuses
@@ -321,12 +328,13 @@ class _Layer:
             for node, grad in zip(nodes, grads):
                 node.reach()
                 node.hand_out(grad)
-            sqnorm = ops.linear_sqnorm(x, b, bias=len(nodes) > 1)
+            observe, both = nodes[0].owner.observe, len(nodes) > 1
+            sqnorm = ops.linear_sqnorm(x, b, both) if observe is None else observe(nodes, lambda: ops.linear_sqnorm(x, b, both))
             return (*grads, sqnorm if sqnorm.dtype == nodes[0].leaf.dtype else sqnorm.to(nodes[0].leaf), *(None,) * (len(nodes) - 1))
         nodes[0].add(Outer(x.unsqueeze(1), b.unsqueeze(1)), None)
         if len(nodes) > 1:
             nodes[1].add(Affine(Positions(b[:, None, :, None]), False, b.shape[1:]), None)
-        collected = [node.collect(grad) for node, grad in zip(nodes, grads)]
+        collected = [node.observed(grad) for node, grad in zip(nodes, grads)]
         return (*(grad for grad, _ in collected), *(sqnorm for _, sqnorm in collected))
 
 
@@ -371,32 +379,32 @@ class _LeafNode(_Node):
                     self.outer.add(c, view)
         if len(contributions) > 1:
             contributions, grad = _merge(contributions), None
-        first, first_view = contributions[0]
-        if not want:
-            grad, sqnorm = None, self._sqnorm(contributions)
-        elif grad is None and len(contributions) == 1 and first_view is None:
-            grad, sqnorm = first.total_and_sqnorm()
-        else:
-            sqnorm, grad = self._sqnorm(contributions), _total(contributions) if grad is None else grad
+        formed, sqnorm = self._grad_and_sqnorm(contributions, want and grad is None)
+        grad = None if not want else formed if grad is None else grad
         if type(sqnorm) is not Tensor and hasattr(sqnorm, "full_tensor"):  # squares of a sharded parameter's parts
             sqnorm = sqnorm.full_tensor()
         return self.hand_out(None if grad is None else grad.to(self.dtype)), sqnorm.to(self.leaf)
 
-    def _sqnorm(self, contributions: Sequence[_Pending]) -> Tensor:
-        """Squared norms: uses of the same elements are added before they are squared, uses of disjoint elements may be squared apart."""
-        total: Tensor | None = None
-        for group in _overlapping_groups(contributions, self.attached):
+    def _grad_and_sqnorm(self, contributions: Sequence[_Pending], want: bool) -> tuple[Tensor | None, Tensor]:
+        """The gradient, if wanted, and the squared norms: uses of the same elements are added before they are squared, uses of disjoint elements may be squared
+        apart. Only what is formed for each sample takes two passes."""
+        grads: list[Tensor] = []
+        squares: list[Tensor] = []
+        for group in [contributions] if len(contributions) == 1 else _overlapping_groups(contributions, self.attached):
             cross = inner(group[0][0], group[1][0]) if len(group) == 2 and all(view is None for _, view in group) else None
-            if len(group) == 1:
-                part = group[0][0].sqnorm()
-            elif cross is not None:  # ||g + h||^2
-                part = group[0][0].sqnorm() + 2 * cross + group[1][0].sqnorm()
-            else:
+            if len(group) > 1 and cross is None:
                 self.admit(self.leaf.shape[0] * self.shape.numel() * self.dtype.itemsize)
-                part = ops.row_sqnorm(_materialise(group))
-            total = part if total is None else total + part
-        assert total is not None
-        return total
+                squares.append(ops.row_sqnorm(_materialise(group)))
+                grads += [_total(group)] * want
+                continue
+            if cross is not None:  # ||g + h||^2
+                squares.append(2 * cross)
+            for c, view in group:
+                total, square = c.total_and_sqnorm() if want else (None, c.sqnorm())
+                squares.append(square)
+                if total is not None:
+                    grads.append(total if view is None else _pull_back(view, total))
+        return functools.reduce(torch.add, grads) if want else None, functools.reduce(torch.add, squares)
 
 
 class _DerivedNode(_Node):
