@@ -40,19 +40,33 @@ const char* name_of(core::Norm norm) {
   return "fused";
 }
 
+std::string name_of(core::Wgrad wgrad) {
+  switch (wgrad) {
+    case core::Wgrad::kNone:
+      return "";
+    case core::Wgrad::kMatmul:
+      return "matmul";
+    case core::Wgrad::kProduct:
+      return "product";
+    case core::Wgrad::kFused:
+      break;
+  }
+  return "fused";
+}
+
 core::Machine machine_of(const std::string& device) { return device == "cuda" ? core::Machine::kCuda : cpu::machine(); }
 
 py::tuple plan(int64_t B, int64_t T, int64_t p, int64_t d, const std::string& dtype, const std::string& device,
                bool wgrad) {
   const core::Plan chosen = core::plan(core::Problem{B, T, p, d, dtype_named(dtype), machine_of(device), wgrad});
-  return py::make_tuple(name_of(chosen.norm), chosen.flops, 1e-9 * chosen.time);
+  return py::make_tuple(name_of(chosen.norm), chosen.flops, 1e-9 * chosen.time, name_of(chosen.wgrad));
 }
 
 py::tuple conv_plan(int64_t B, int64_t T, int64_t p, int64_t d, int64_t groups, const std::string& dtype,
                     const std::string& device, bool wgrad) {
   const core::Plan chosen =
       core::conv_plan(core::ConvProblem{B, T, p, d, groups, dtype_named(dtype), machine_of(device), wgrad});
-  return py::make_tuple(name_of(chosen.norm), chosen.flops, 1e-9 * chosen.time);
+  return py::make_tuple(name_of(chosen.norm), chosen.flops, 1e-9 * chosen.time, name_of(chosen.wgrad));
 }
 
 }  // namespace
@@ -67,14 +81,15 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = GHOSTGRAD_CUDA_ARCHS;
   m.def(
       "cpu_capability", [] { return std::string(cpu::name_of(cpu::capability())); },
-      "The instruction set that the CPU kernels run with: portable, avx2 or avx512.");
+      "The instruction set that the CPU kernels run with: portable, avx2, avx512 or avx512bf16.");
   m.def("plan", &plan, py::arg("B"), py::arg("T"), py::arg("p"), py::arg("d"), py::arg("dtype"), py::arg("device"),
         py::arg("wgrad"),
-        "The formula chosen for a layer's squared norms, its floating-point operations, and seconds.");
+        "The formula chosen for a layer's squared norms, its floating-point operations, seconds, and where the weight "
+        "gradient comes from.");
   m.def(
       "product_seconds",
       [](double flops, const std::string& dtype, const std::string& device) {
-        return 1e-9 * flops / core::speeds(dtype_named(dtype), machine_of(device)).vendor;
+        return 1e-9 * flops / core::speeds(dtype_named(dtype), machine_of(device)).matmul;
       },
       py::arg("flops"), py::arg("dtype"), py::arg("device"), "What the plan expects of PyTorch's own matrix product.");
   m.def("conv_plan", &conv_plan, py::arg("B"), py::arg("T"), py::arg("p"), py::arg("d"), py::arg("groups"),

@@ -15,6 +15,7 @@ Capability machine_capability() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Capability::kAvx512Bf16;
   if (avx512) return Capability::kAvx512;
   if (avx2) return Capability::kAvx2;
 #endif
@@ -24,7 +25,7 @@ Capability machine_capability() {
 Capability wanted_capability(Capability best) {
   const char* wish = std::getenv("GHOSTGRAD_CPU_CAPABILITY");
   if (wish == nullptr) return best;
-  for (Capability c : {Capability::kPortable, Capability::kAvx2, Capability::kAvx512}) {
+  for (Capability c : {Capability::kPortable, Capability::kAvx2, Capability::kAvx512, Capability::kAvx512Bf16}) {
     if (std::strcmp(wish, name_of(c)) == 0) return c < best ? c : best;
   }
   return best;
@@ -39,6 +40,8 @@ Capability capability() {
 
 const char* name_of(Capability capability) {
   switch (capability) {
+    case Capability::kAvx512Bf16:
+      return "avx512bf16";
     case Capability::kAvx512:
       return "avx512";
     case Capability::kAvx2:
@@ -51,6 +54,8 @@ const char* name_of(Capability capability) {
 
 core::Machine machine() {
   switch (capability()) {
+    case Capability::kAvx512Bf16:
+      return core::Machine::kCpuAvx512Bf16;
     case Capability::kAvx512:
       return core::Machine::kCpuAvx512;
     case Capability::kAvx2:
@@ -64,6 +69,8 @@ core::Machine machine() {
 #if defined(GHOSTGRAD_X86_KERNELS)
 #define GHOSTGRAD_DISPATCH(CAPABILITY, CALL) \
   switch (CAPABILITY) {                      \
+    case Capability::kAvx512Bf16:            \
+      return avx512bf16::CALL;               \
     case Capability::kAvx512:                \
       return avx512::CALL;                   \
     case Capability::kAvx2:                  \

@@ -22,40 +22,60 @@ struct DotBlock {
   double value[kDotRows][kDotRows];
 };
 
-// value[i][j] = <x_i, y_j>. Row pointers, not a stride: rows past the end repeat the first and are ignored by the
-// caller.
+// The sums of the lanes of `count` vectors.
+template <class A, int kCount>
+GHOSTGRAD_HD void add_lanes(const Vector<A> (&vectors)[kCount], A (&sums)[kCount]) {
+  constexpr int kLane = kLanes<A>;
+#pragma GCC unroll 16
+  for (int first = 0; first + kLane <= kCount; first += kLane) {
+    Vector<A> rows[kLane];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLane; ++i) rows[i] = vectors[first + i];
+    store(sums + first, sums_of_lanes<A>(rows));
+  }
+#pragma GCC unroll 16
+  for (int i = kCount / kLane * kLane; i < kCount; ++i) sums[i] = horizontal_sum<A>(vectors[i]);
+}
+
+// value[i][j] = <x_i, y_j>. Row pointers, not a stride: there may be fewer than kDotRows, and what comes after them
+// repeats the first and gives zero.
 template <class S>
-DotBlock dot_block(const S* const (&x)[kDotRows], const S* const (&y)[kDotRows], int64_t length) {
+DotBlock dot_block(const S* const (&x)[kDotRows], const S* const (&y)[kDotRows], int64_t x_rows, int64_t y_rows,
+                   int64_t length) {
   using A = core::accumulation_t<S>;
-  constexpr int64_t kStep = kLanes<A>;
+  constexpr int64_t kStep = kLanes<A> * kElements<S>;
   DotBlock block = {};
   for (int64_t first = 0; first < length; first += kRunVectors * kStep) {
     const int64_t last = core::minimum(length, first + kRunVectors * kStep);
-    Vector<A> sums[kDotRows][kDotRows];
-#pragma GCC unroll 8
-    for (int i = 0; i < kDotRows; ++i) {
-#pragma GCC unroll 8
-      for (int j = 0; j < kDotRows; ++j) sums[i][j] = Vector<A>{};
-    }
-    int64_t k = first;
-    for (; k + kStep <= last; k += kStep) {
+    Vector<A> sums[kDotRows * kDotRows];
+#pragma GCC unroll 16
+    for (int i = 0; i < kDotRows * kDotRows; ++i) sums[i] = Vector<A>{};
+    const auto add = [&](auto load_at) __attribute__((always_inline)) {
       Vector<A> columns[kDotRows];
 #pragma GCC unroll 8
-      for (int j = 0; j < kDotRows; ++j) columns[j] = load(y[j] + k);
+      for (int j = 0; j < kDotRows; ++j) columns[j] = load_at(y[j]);
 #pragma GCC unroll 8
       for (int i = 0; i < kDotRows; ++i) {
-        const Vector<A> row = load(x[i] + k);
+        const Vector<A> row = load_at(x[i]);
 #pragma GCC unroll 8
-        for (int j = 0; j < kDotRows; ++j) sums[i][j] += row * columns[j];
+        for (int j = 0; j < kDotRows; ++j) {
+          sums[i * kDotRows + j] = multiply_add<S>(sums[i * kDotRows + j], columns[j], row);
+        }
       }
+    };
+    int64_t k = first;
+    for (; k + kStep <= last; k += kStep) add([&](const S* from) { return load_factors(from + k); });
+    if (k < last) add([&](const S* from) { return load_factors(from + k, last - k); });
+    A dots[kDotRows * kDotRows];
+    add_lanes<A, kDotRows * kDotRows>(sums, dots);
+    for (int i = 0; i < kDotRows; ++i) {
+      for (int j = 0; j < kDotRows; ++j) block.value[i][j] += static_cast<double>(dots[i * kDotRows + j]);
     }
+  }
+  if (x_rows < kDotRows || y_rows < kDotRows) {
     for (int i = 0; i < kDotRows; ++i) {
       for (int j = 0; j < kDotRows; ++j) {
-        double dot = static_cast<double>(horizontal_sum<A>(sums[i][j]));
-        for (int64_t rest = k; rest < last; ++rest) {
-          dot += static_cast<double>(core::to_accumulation(x[i][rest]) * core::to_accumulation(y[j][rest]));
-        }
-        block.value[i][j] += dot;
+        if (i >= x_rows || j >= y_rows) block.value[i][j] = 0.0;
       }
     }
   }
@@ -73,24 +93,27 @@ template <class S>
 double strip_sum(const core::Operands& o, int64_t sample, int64_t begin, int64_t end) {
   const S* a = static_cast<const S*>(o.a) + sample * o.a_batch_stride;
   const S* b = static_cast<const S*>(o.b) + sample * o.b_batch_stride;
-  double total = 0.0;
+  double totals[kDotRows] = {};
   for (int64_t t = 0; t < end; t += kDotRows) {
     const S *a_columns[kDotRows], *b_columns[kDotRows];
     gather(a, o.a_position_stride, t, o.positions, a_columns);
     gather(b, o.b_position_stride, t, o.positions, b_columns);
+    const int64_t columns = core::minimum(kDotRows, o.positions - t);
     for (int64_t s = core::maximum(begin, t); s < end; s += kDotRows) {
       const S *a_rows[kDotRows], *b_rows[kDotRows];
       gather(a, o.a_position_stride, s, o.positions, a_rows);
       gather(b, o.b_position_stride, s, o.positions, b_rows);
-      const DotBlock aa = dot_block<S>(a_rows, a_columns, o.in_features);
-      const DotBlock bb = dot_block<S>(b_rows, b_columns, o.out_features);
-      double sum = 0.0;
-      for (int64_t i = 0; i < core::minimum(kDotRows, o.positions - s); ++i) {
-        for (int64_t j = 0; j < core::minimum(kDotRows, o.positions - t); ++j) sum += aa.value[i][j] * bb.value[i][j];
+      const int64_t rows = core::minimum(kDotRows, o.positions - s);
+      const DotBlock aa = dot_block<S>(a_rows, a_columns, rows, columns, o.in_features);
+      const DotBlock bb = dot_block<S>(b_rows, b_columns, rows, columns, o.out_features);
+      const double times = s == t ? 1.0 : 2.0;
+      for (int i = 0; i < kDotRows; ++i) {
+        for (int j = 0; j < kDotRows; ++j) totals[j] += times * aa.value[i][j] * bb.value[i][j];
       }
-      total += s == t ? sum : 2.0 * sum;
     }
   }
+  double total = 0.0;
+  for (int j = 0; j < kDotRows; ++j) total += totals[j];
   return total;
 }
 

@@ -8,10 +8,10 @@
 
 namespace ghostgrad::cpu {
 
-enum class Capability : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+enum class Capability : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
 // The best that this machine and this build have, or less if the environment variable GHOSTGRAD_CPU_CAPABILITY
-// (portable, avx2, avx512) asks for less.
+// (portable, avx2, avx512, avx512bf16) asks for less.
 Capability capability();
 const char* name_of(Capability capability);
 // The same as the plan sees it.

@@ -14,7 +14,7 @@ namespace {
 template <class S>
 void run(const core::Operands& o, void* sqnorm, ParallelFor parallel) {
   using A = core::accumulation_t<S>;
-  const Split rows = TileProduct<S>::row_split(o, kTileEdge), columns = TileProduct<S>::column_split(o, kTileEdge);
+  const Split rows = TileProduct<S>::row_split(o), columns = TileProduct<S>::column_split(o);
   const int64_t tiles = rows.count * columns.count;
 
   Scratch scratch(Scratch::room<double>(o.batch * tiles));

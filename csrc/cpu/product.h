@@ -30,41 +30,58 @@ constexpr int64_t kTileEdge = 256;
 // Runs of samples whose weighted sum stays in the accumulation type before it moves on to float64.
 constexpr int64_t kSamplesPerFlush = 64;
 
-// Packs `columns` columns of `depth` rows into panels [panel][depth][kWidth]; the last panel is filled up with zeros.
-template <int kWidth, class S, class A>
+// The edge of a tile at most: a lone sample with few tiles gets smaller ones, so that threads find something to share.
+inline int64_t tile_edge(const core::Operands& o) {
+  constexpr int64_t kFewTiles = 4;
+  const int64_t tiles = core::ceil_div(o.out_features, kTileEdge) * core::ceil_div(o.in_features, kTileEdge);
+  return o.batch == 1 && tiles < kFewTiles ? kTileEdge / 2 : kTileEdge;
+}
+
+// One row of a panel, or one row of pairs from two rows.
+template <int kWidth, class S>
+GHOSTGRAD_HD void pack_row(const S* first, const S* second, int64_t columns, Factor<S>* to) {
+  if (columns == kWidth && (kElements<S> == 1 || second != nullptr)) {
+    for (int column = 0; column < kWidth; ++column) to[column] = factor(first + column, second + column);
+    return;
+  }
+  for (int64_t column = 0; column < kWidth; ++column) {
+    to[column] = column < columns ? factor(first + column, second == nullptr ? nullptr : second + column) : Factor<S>{};
+  }
+}
+
+// Packs `columns` columns of `depth` rows into panels of factors; the last panel is filled up with zeros.
+template <int kWidth, class S>
 void pack(const S* from,  // (depth, columns), rows `stride` apart
           int64_t stride, int64_t depth, int64_t columns,
-          A* to) {              // (ceil(columns / kWidth), depth, kWidth)
-  constexpr int64_t kRows = 8;  // rows read together, so that a page is left for good and a panel written in a run
+          Factor<S>* to) {       // (ceil(columns / kWidth), ceil(depth / kElements), kWidth)
+  constexpr int64_t kSteps = 8;  // read together, so that a page is left for good and a panel written in a run
+  const int64_t steps = core::ceil_div(depth, kElements<S>);
   const int64_t whole = columns / kWidth;
   const int64_t rest = columns - whole * kWidth;
-  for (int64_t first = 0; first < depth; first += kRows) {
-    const int64_t last = core::minimum(first + kRows, depth);
-    for (int64_t panel = 0; panel < whole; ++panel) {
-      for (int64_t t = first; t < last; ++t) {
-        const S* source = from + t * stride + panel * kWidth;
-        A* target = to + (panel * depth + t) * kWidth;
-        for (int column = 0; column < kWidth; ++column) target[column] = core::to_accumulation(source[column]);
-      }
-    }
-    if (rest == 0) continue;
-    for (int64_t t = first; t < last; ++t) {
-      const S* source = from + t * stride + whole * kWidth;
-      A* target = to + (whole * depth + t) * kWidth;
-      for (int64_t column = 0; column < kWidth; ++column) {
-        target[column] = column < rest ? core::to_accumulation(source[column]) : A(0);
+  for (int64_t begin = 0; begin < steps; begin += kSteps) {
+    const int64_t end = core::minimum(begin + kSteps, steps);
+    for (int64_t panel = 0; panel <= whole; ++panel) {
+      for (int64_t step = begin; step < end; ++step) {
+        const S* first = from + step * kElements<S> * stride + panel * kWidth;
+        const S* second = (step + 1) * kElements<S> <= depth ? first + stride : nullptr;  // of a pair
+        Factor<S>* target = to + (panel * steps + step) * kWidth;
+        if (panel < whole) {
+          pack_row<kWidth>(first, second, kWidth, target);
+        } else if (rest > 0) {
+          pack_row<kWidth>(first, second, rest, target);
+        }
       }
     }
   }
 }
 
-// sums[r][c] = sum_t b[t][r] * a[t][c]: the innermost loop of both ops, once per accumulation type. A function of its
-// own, never inlined, and sums that leave registers once, at the end: where the compiler can see that someone points at
-// them it keeps them in memory while t runs, at half the speed, and whether it does is luck.
-template <class A>
-__attribute__((noinline)) void multiply_panels(const A* b,  // (depth, kMr)
-                                               const A* a,  // (depth, kNr)
-                                               int64_t depth,
+// sums[r][c] = sum_t b[t][r] * a[t][c]: the innermost loop of both ops, once per type. A function of its own, never
+// inlined, and sums that leave registers once, at the end: where the compiler can see that someone points at them it
+// keeps them in memory while t runs, at half the speed, and whether it does is luck.
+template <class S, class A = core::accumulation_t<S>>
+__attribute__((noinline)) void multiply_panels(const Factor<S>* b,  // (steps, kMr)
+                                               const Factor<S>* a,  // (steps, kNr)
+                                               int64_t steps,
                                                A* sums) {  // (kMr, kNr)
   constexpr int kNr = kNv * kLanes<A>;
   Vector<A> registers[kMr][kNv];
@@ -73,15 +90,15 @@ __attribute__((noinline)) void multiply_panels(const A* b,  // (depth, kMr)
 #pragma GCC unroll 4
     for (int v = 0; v < kNv; ++v) registers[r][v] = Vector<A>{};
   }
-  for (int64_t t = 0; t < depth; ++t) {
+  for (int64_t step = 0; step < steps; ++step) {
     Vector<A> columns[kNv];
 #pragma GCC unroll 4
-    for (int v = 0; v < kNv; ++v) columns[v] = load_aligned(a + t * kNr + v * kLanes<A>);
+    for (int v = 0; v < kNv; ++v) memcpy(&columns[v], a + step * kNr + v * kLanes<A>, sizeof(columns[v]));
 #pragma GCC unroll 16
     for (int r = 0; r < kMr; ++r) {
-      const A row = b[t * kMr + r];
+      const Factor<S> row = b[step * kMr + r];
 #pragma GCC unroll 4
-      for (int v = 0; v < kNv; ++v) registers[r][v] += columns[v] * row;
+      for (int v = 0; v < kNv; ++v) registers[r][v] = multiply_add<S>(registers[r][v], columns[v], row);
     }
   }
 #pragma GCC unroll 16
@@ -105,16 +122,14 @@ class TileProduct {
   static constexpr int kBlock = kMr * kNr;
 
   // The cut of G_i into tiles depends on its size alone.
-  static Split row_split(const core::Operands& o, int64_t edge) { return core::even_split(o.out_features, edge, kMr); }
-  static Split column_split(const core::Operands& o, int64_t edge) {
-    return core::even_split(o.in_features, edge, kNr);
-  }
+  static Split row_split(const core::Operands& o) { return core::even_split(o.out_features, tile_edge(o), kMr); }
+  static Split column_split(const core::Operands& o) { return core::even_split(o.in_features, tile_edge(o), kNr); }
 
   // `wgrad`: the tile of the weight gradient is kept, too. `samples`: how many samples one tile sees at most.
   static size_t room(const core::Operands& o, Split rows, Split columns, bool wgrad, int64_t samples) {
-    const int64_t depth = core::minimum(o.positions, kDepth);
     const int64_t elements = rows.size * columns.size;
-    size_t bytes = Scratch::room<A>(rows.size * depth) + Scratch::room<A>(columns.size * depth);
+    const int64_t steps = core::ceil_div(core::minimum(o.positions, kDepth), kElements<S>);
+    size_t bytes = Scratch::room<Factor<S>>(rows.size * steps) + Scratch::room<Factor<S>>(columns.size * steps);
     if (o.positions > kDepth) bytes += Scratch::room<double>(elements);
     if (wgrad) bytes += Scratch::room<A>(elements);
     if (wgrad && samples > kSamplesPerFlush) bytes += Scratch::room<double>(elements);
@@ -123,10 +138,10 @@ class TileProduct {
 
   TileProduct(const core::Operands& o, Split rows, Split columns, bool wgrad, int64_t samples)
       : o_(o), rows_(rows), columns_(columns), scratch_(room(o, rows, columns, wgrad, samples)) {
-    const int64_t depth = core::minimum(o.positions, kDepth);
+    const int64_t steps = core::ceil_div(core::minimum(o.positions, kDepth), kElements<S>);
     const int64_t elements = rows.size * columns.size;
-    packed_b_ = scratch_.take<A>(rows.size * depth);
-    packed_a_ = scratch_.take<A>(columns.size * depth);
+    packed_b_ = scratch_.take<Factor<S>>(rows.size * steps);
+    packed_a_ = scratch_.take<Factor<S>>(columns.size * steps);
     if (o.positions > kDepth) long_sums_ = scratch_.take<double>(elements);
     if (wgrad) wgrad_ = scratch_.take<A>(elements);
     if (wgrad && samples > kSamplesPerFlush) wgrad_total_ = scratch_.take<double>(elements);
@@ -145,7 +160,7 @@ class TileProduct {
     const int64_t row_panels = core::ceil_div(tile_rows_, kMr), column_panels = core::ceil_div(tile_columns_, kNr);
     double squares = 0.0;
     for (int64_t t = 0; t < o_.positions; t += kDepth) {
-      const int64_t depth = core::minimum(kDepth, o_.positions - t);
+      const int64_t depth = core::minimum(kDepth, o_.positions - t), steps = core::ceil_div(depth, kElements<S>);
       const bool first = t == 0, last = t + depth == o_.positions;
       pack<kMr>(static_cast<const S*>(o_.b) + sample * o_.b_batch_stride + t * o_.b_position_stride + row_begin_,
                 o_.b_position_stride, depth, tile_rows_, packed_b_);
@@ -156,7 +171,7 @@ class TileProduct {
         for (int64_t row_panel = 0; row_panel < row_panels; ++row_panel) {
           const int64_t block = column_panel * row_panels + row_panel;
           alignas(kVectorBytes) A sums[kBlock];
-          multiply_panels(packed_b_ + row_panel * depth * kMr, packed_a_ + column_panel * depth * kNr, depth, sums);
+          multiply_panels<S>(packed_b_ + row_panel * steps * kMr, packed_a_ + column_panel * steps * kNr, steps, sums);
           if (!(first && last)) lengthen(long_sums_ + block * kBlock, first, sums);
           if (!last) continue;
           const int64_t valid_rows = core::minimum(kMr, tile_rows_ - row_panel * kMr);
@@ -168,37 +183,43 @@ class TileProduct {
         }
         squares += panel_squares;
       }
+      if (kWgrad && last) wgrad_begun_ = true;
     }
     return squares;
   }
 
   void clear_wgrad() {
-    for (int64_t i = 0; i < rows_.size * columns_.size; ++i) wgrad_[i] = A(0);
+    wgrad_begun_ = false;
     if (wgrad_total_ == nullptr) return;
     for (int64_t i = 0; i < rows_.size * columns_.size; ++i) wgrad_total_[i] = 0.0;
   }
 
   // Call every kSamplesPerFlush samples.
   void flush_wgrad() {
-    if (wgrad_total_ == nullptr) return;
-    for (int64_t i = 0; i < rows_.size * columns_.size; ++i) {
-      wgrad_total_[i] += static_cast<double>(wgrad_[i]);
-      wgrad_[i] = A(0);
-    }
+    if (wgrad_total_ == nullptr || !wgrad_begun_) return;
+    for (int64_t i = 0; i < rows_.size * columns_.size; ++i) wgrad_total_[i] += static_cast<double>(wgrad_[i]);
+    wgrad_begun_ = false;
   }
 
   // Writes the running weight gradient of the selected tile to its place in `to` (d, p), as S or as A.
   template <class Out>
   void store_wgrad(Out* to) {
     flush_wgrad();
-    const int64_t row_panels = core::ceil_div(tile_rows_, kMr);
+    const int64_t row_panels = core::ceil_div(tile_rows_, kMr), column_panels = core::ceil_div(tile_columns_, kNr);
     for (int64_t row = 0; row < tile_rows_; ++row) {
-      Out* target = to + (row_begin_ + row) * o_.in_features + column_begin_;
-      for (int64_t column = 0; column < tile_columns_; ++column) {
-        const int64_t block = (column / kNr) * row_panels + row / kMr;
-        const int64_t index = block * kBlock + (row % kMr) * kNr + column % kNr;
-        const A value = wgrad_total_ == nullptr ? wgrad_[index] : static_cast<A>(wgrad_total_[index]);
-        target[column] = core::from_accumulation<Out>(value);
+      for (int64_t panel = 0; panel < column_panels; ++panel) {
+        Out* target = to + (row_begin_ + row) * o_.in_features + column_begin_ + panel * kNr;
+        const int64_t from = (panel * row_panels + row / kMr) * kBlock + (row % kMr) * kNr;
+        const int64_t columns = core::minimum(kNr, tile_columns_ - panel * kNr);
+        if (wgrad_total_ != nullptr) {
+          const double* total = wgrad_total_ + from;
+          for (int64_t c = 0; c < columns; ++c) target[c] = core::from_accumulation<Out>(static_cast<A>(total[c]));
+        } else if (wgrad_begun_) {
+          const A* sum = wgrad_ + from;
+          for (int64_t c = 0; c < columns; ++c) target[c] = core::from_accumulation<Out>(sum[c]);
+        } else {  // no sample, or no position
+          for (int64_t c = 0; c < columns; ++c) target[c] = core::from_accumulation<Out>(A(0));
+        }
       }
     }
   }
@@ -213,7 +234,7 @@ class TileProduct {
   }
 
   template <bool kWgrad>
-  static double whole_block(const A* sums, A weight, A* wgrad) {
+  double whole_block(const A* sums, A weight, A* wgrad) const {
     Vector<A> squares[kNv] = {};
 #pragma GCC unroll 16
     for (int r = 0; r < kMr; ++r) {
@@ -222,7 +243,11 @@ class TileProduct {
         const int at = r * kNr + v * kLanes<A>;
         const Vector<A> sum = load_aligned(sums + at);
         squares[v] += sum * sum;
-        if constexpr (kWgrad) *reinterpret_cast<Vector<A>*>(wgrad + at) += sum * weight;
+        if constexpr (kWgrad) {
+          const Vector<A> weighted = sum * weight;
+          Vector<A>& running = *reinterpret_cast<Vector<A>*>(wgrad + at);
+          running = wgrad_begun_ ? running + weighted : weighted;
+        }
       }
     }
     double total = 0.0;
@@ -234,7 +259,10 @@ class TileProduct {
   // A block that sticks out of the matrix. What was padded with zeros may hold 0 * inf by now and must not be looked
   // at.
   template <bool kWgrad>
-  static double partial_block(const A* sums, A weight, A* wgrad, int64_t rows, int64_t columns) {
+  double partial_block(const A* sums, A weight, A* wgrad, int64_t rows, int64_t columns) const {
+    if (kWgrad && !wgrad_begun_) {
+      for (int i = 0; i < kBlock; ++i) wgrad[i] = A(0);
+    }
     double total = 0.0;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < columns; ++c) {
@@ -249,11 +277,12 @@ class TileProduct {
   const core::Operands& o_;
   Split rows_, columns_;
   Scratch scratch_;
-  A* packed_a_ = nullptr;          // (ceil(tile columns / kNr), depth, kNr)
-  A* packed_b_ = nullptr;          // (ceil(tile rows / kMr), depth, kMr)
+  Factor<S>* packed_a_ = nullptr;  // (ceil(tile columns / kNr), steps, kNr)
+  Factor<S>* packed_b_ = nullptr;  // (ceil(tile rows / kMr), steps, kMr)
   double* long_sums_ = nullptr;    // (blocks, kMr, kNr), if T > kDepth
   A* wgrad_ = nullptr;             // (blocks, kMr, kNr)
   double* wgrad_total_ = nullptr;  // the same, if there are many samples
+  bool wgrad_begun_ = false;       // wgrad_ holds something: the first sample writes, later ones add
   int64_t row_begin_ = 0, column_begin_ = 0, tile_rows_ = 0, tile_columns_ = 0;
 };
 

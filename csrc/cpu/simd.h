@@ -21,7 +21,7 @@
 #include "core/macros.h"
 
 #ifndef GHOSTGRAD_ISA
-#error "kernel files are compiled per instruction set: define GHOSTGRAD_ISA (portable, avx2 or avx512)"
+#error "kernel files are compiled per instruction set: define GHOSTGRAD_ISA (portable, avx2, avx512 or avx512bf16)"
 #endif
 
 namespace ghostgrad::cpu::GHOSTGRAD_ISA {
@@ -124,6 +124,94 @@ GHOSTGRAD_HD void store(core::Float16* to, Vector<float> v) {
 #endif
 }
 
+// What a lane of a product multiplies at a time: one element, widened to the type that it is summed in; or a pair of
+// bfloat16, where the machine has an instruction that adds both products to a float32. Vectors of pairs are typed as
+// those of float and mean nothing outside of multiply_add.
+template <class S>
+struct FactorOf {
+  using type = core::accumulation_t<S>;
+  static constexpr int kElements = 1;
+};
+#if defined(__AVX512BF16__)
+struct BFloat16Pair {
+  uint32_t bits;
+};
+template <>
+struct FactorOf<core::BFloat16> {
+  using type = BFloat16Pair;
+  static constexpr int kElements = 2;
+};
+#endif
+template <class S>
+using Factor = typename FactorOf<S>::type;
+template <class S>
+constexpr int kElements = FactorOf<S>::kElements;
+
+// The factor that begins with *first; *second, if there is one, completes a pair.
+template <class S>
+GHOSTGRAD_HD Factor<S> factor(const S* first, [[maybe_unused]] const S* second) {
+#if defined(__AVX512BF16__)
+  if constexpr (kElements<S> == 2) {
+    return BFloat16Pair{first->bits | (second == nullptr ? 0u : static_cast<uint32_t>(second->bits) << 16)};
+  } else
+#endif
+    return core::to_accumulation(*first);
+}
+
+// A vector of factors of kLanes * kElements adjacent elements, or of the first `count` of them, fewer than all, and
+// zeros.
+template <class S>
+GHOSTGRAD_HD Vector<core::accumulation_t<S>> load_factors(const S* from) {
+  if constexpr (kElements<S> == 2) {
+    Vector<core::accumulation_t<S>> v;
+    memcpy(&v, from, sizeof(v));
+    return v;
+  } else {
+    return load(from);
+  }
+}
+template <class S>
+GHOSTGRAD_HD Vector<core::accumulation_t<S>> load_factors(const S* from, int64_t count) {
+  alignas(kVectorBytes) S part[kVectorBytes / sizeof(S)] = {};
+#if defined(__AVX512F__)
+  const uint32_t mask = (1u << (static_cast<uint32_t>(count) * (sizeof(S) / 2))) - 1;
+  _mm512_store_si512(part, _mm512_maskz_loadu_epi16(mask, from));
+#else
+#if defined(__AVX2__)
+  if constexpr (sizeof(S) >= 4) {
+    const __m256i places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count * (sizeof(S) / 4))), places);
+    const __m256i loaded = _mm256_maskload_epi32(reinterpret_cast<const int*>(from), mask);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(part), loaded);
+    return load_factors(static_cast<const S*>(part));
+  }
+#endif
+  for (int64_t i = 0; i < count; ++i) part[i] = from[i];
+#endif
+  return load_factors(static_cast<const S*>(part));
+}
+
+// sum + x * y lane by lane, where y may be a single factor.
+template <class S, class A = core::accumulation_t<S>>
+GHOSTGRAD_HD Vector<A> multiply_add(Vector<A> sum, Vector<A> x, Vector<A> y) {
+#if defined(__AVX512BF16__)
+  if constexpr (kElements<S> == 2) {
+    return reinterpret_cast<Vector<A>>(
+        _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y)));
+  } else
+#endif
+    return sum + x * y;
+}
+template <class S, class A = core::accumulation_t<S>>
+GHOSTGRAD_HD Vector<A> multiply_add(Vector<A> sum, Vector<A> x, Factor<S> y) {
+#if defined(__AVX512BF16__)
+  if constexpr (kElements<S> == 2) {
+    return multiply_add<S>(sum, x, reinterpret_cast<Vector<A>>(y.bits + BitsVector{}));
+  } else
+#endif
+    return sum + x * y;
+}
+
 // An integer for every lane: to select lanes, and to mask them.
 template <class A>
 struct IndexOf {
@@ -136,34 +224,55 @@ struct IndexOf<double> {
 template <class A>
 using Index = typename IndexOf<A>::type;
 
+// Blocks of kStep lanes exchanged between two rows that are kStep apart: upper right for lower left.
+template <class A, int kStep>
+GHOSTGRAD_HD void exchange(Vector<A>& upper, Vector<A>& lower) {
+  const Vector<A> first = upper, second = lower;
+#if defined(__clang__)
+  for (int j = 0; j < kLanes<A>; ++j) {
+    upper[j] = j & kStep ? second[j - kStep] : first[j];
+    lower[j] = j & kStep ? second[j] : first[j + kStep];
+  }
+#else
+  Index<A> to_upper, to_lower;
+#pragma GCC unroll 16
+  for (int j = 0; j < kLanes<A>; ++j) {
+    to_upper[j] = j & kStep ? kLanes<A> + j - kStep : j;
+    to_lower[j] = j & kStep ? kLanes<A> + j : j + kStep;
+  }
+  upper = __builtin_shuffle(first, second, to_upper);
+  lower = __builtin_shuffle(first, second, to_lower);
+#endif
+}
+
 // rows[i][j] and rows[j][i] exchanged, by exchanging ever smaller blocks off the diagonal.
 template <class A, int kStep>
 GHOSTGRAD_HD void transpose_step(Vector<A> (&rows)[kLanes<A>]) {
-  Index<A> upper, lower;
-#pragma GCC unroll 16
-  for (int j = 0; j < kLanes<A>; ++j) {
-    upper[j] = j & kStep ? kLanes<A> + j - kStep : j;
-    lower[j] = j & kStep ? kLanes<A> + j : j + kStep;
-  }
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes<A>; ++i) {
-    if (i & kStep) continue;
-    const Vector<A> first = rows[i], second = rows[i + kStep];
-#if defined(__clang__)
-    for (int j = 0; j < kLanes<A>; ++j) {
-      rows[i][j] = j & kStep ? second[j - kStep] : first[j];
-      rows[i + kStep][j] = j & kStep ? second[j] : first[j + kStep];
-    }
-#else
-    rows[i] = __builtin_shuffle(first, second, upper);
-    rows[i + kStep] = __builtin_shuffle(first, second, lower);
-#endif
+    if (!(i & kStep)) exchange<A, kStep>(rows[i], rows[i + kStep]);
   }
   if constexpr (kStep > 1) transpose_step<A, kStep / 2>(rows);
 }
 template <class A>
 GHOSTGRAD_HD void transpose(Vector<A> (&rows)[kLanes<A>]) {
   transpose_step<A, kLanes<A> / 2>(rows);
+}
+
+// The sums of the lanes of as many rows as there are lanes: they are transposed and added, each step adding as soon as
+// it has exchanged. The rows are lost.
+template <class A, int kStep = kLanes<A> / 2>
+GHOSTGRAD_HD Vector<A> sums_of_lanes(Vector<A> (&rows)[kLanes<A>]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kStep; ++i) {
+    exchange<A, kStep>(rows[i], rows[i + kStep]);
+    rows[i] += rows[i + kStep];
+  }
+  if constexpr (kStep > 1) {
+    return sums_of_lanes<A, kStep / 2>(rows);
+  } else {
+    return rows[0];
+  }
 }
 
 // The lanes of `v` added by halves: upper onto lower, until one is left.

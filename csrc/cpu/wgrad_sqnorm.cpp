@@ -23,7 +23,7 @@ constexpr int64_t kRowsPerUnit = 16;  // of the weight gradient, when runs are a
 template <class S>
 void run(const core::Operands& o, const void* weights, void* wgrad, void* sqnorm, ParallelFor parallel) {
   using A = core::accumulation_t<S>;
-  const Split rows = TileProduct<S>::row_split(o, kTileEdge), columns = TileProduct<S>::column_split(o, kTileEdge);
+  const Split rows = TileProduct<S>::row_split(o), columns = TileProduct<S>::column_split(o);
   const int64_t tiles = rows.count * columns.count;
   const int64_t elements = o.out_features * o.in_features;
   const int64_t wanted_runs = core::sample_runs(o.batch, o.positions, tiles, kUnits);

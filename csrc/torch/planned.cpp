@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "core/plan.h"
+#include "core/tiles.h"
 #include "cpu/ops.h"
 #include "torch/check.h"
 
@@ -63,17 +64,34 @@ Tensor sqnorm(const Tensor& a,                                           // (B, 
   return norm_by(plan_for("sqnorm", a, b, /*wgrad=*/false).norm, a, b);  // (B,)
 }
 
+std::tuple<Tensor, Tensor> wgrad_sqnorm(const Tensor& a, const Tensor& b) {
+  std::array<StableIValue, 3> stack{from(a), from(b), from(std::optional<Tensor>())};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("ghostgrad::wgrad_sqnorm", "", stack.data(), TORCH_ABI_VERSION));
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};  // (d, p), (B,)
+}
+
+// A weight gradient by itself is that of one sample with all positions; of some, if the matrix is so small that threads
+// would find too few tiles of it.
+int64_t product_samples(int64_t B, int64_t T, int64_t p, int64_t d) {
+  constexpr int64_t kTileEdge = 128, kUnits = 4;
+  int64_t samples = core::sample_runs(B, T, core::ceil_div(p, kTileEdge) * core::ceil_div(d, kTileEdge), kUnits);
+  while (B % samples != 0) --samples;
+  return samples;
+}
+
 std::tuple<Tensor, Tensor> wgrad_and_sqnorm(const Tensor& a,    // (B, T, p)
                                             const Tensor& b) {  // (B, T, d)
   const core::Plan chosen = plan_for("wgrad_and_sqnorm", a, b, /*wgrad=*/true);
-  if (chosen.norm == core::Norm::kFused) {
-    std::array<StableIValue, 3> stack{from(a), from(b), from(std::optional<Tensor>())};
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("ghostgrad::wgrad_sqnorm", "", stack.data(), TORCH_ABI_VERSION));
-    return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};  // (d, p), (B,)
+  if (chosen.wgrad == core::Wgrad::kFused) return wgrad_sqnorm(a, b);
+  const int64_t rows = a.size(0) * a.size(1);
+  if (chosen.wgrad == core::Wgrad::kProduct) {
+    const int64_t samples = product_samples(a.size(0), a.size(1), a.size(2), b.size(2));
+    const Tensor wgrad = std::get<0>(wgrad_sqnorm(::torch::stable::reshape(a, {samples, rows / samples, a.size(2)}),
+                                                  ::torch::stable::reshape(b, {samples, rows / samples, b.size(2)})));
+    return {wgrad, norm_by(chosen.norm, a, b)};
   }
-  const Tensor rows_of_a = ::torch::stable::reshape(a, {a.size(0) * a.size(1), a.size(2)});  // (B T, p)
-  const Tensor rows_of_b = ::torch::stable::reshape(b, {b.size(0) * b.size(1), b.size(2)});  // (B T, d)
+  const Tensor rows_of_a = ::torch::stable::reshape(a, {rows, a.size(2)});  // (B T, p)
+  const Tensor rows_of_b = ::torch::stable::reshape(b, {rows, b.size(2)});  // (B T, d)
   return {::torch::stable::matmul(::torch::stable::transpose(rows_of_b, 0, 1), rows_of_a), norm_by(chosen.norm, a, b)};
 }
 

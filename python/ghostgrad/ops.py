@@ -641,6 +641,9 @@ class Plan(NamedTuple):
     """Floating-point operations of everything asked for, the weight gradient included."""
     seconds: float
     """What those are expected to take on one thread, where they and not memory set the pace. Calibrated on one machine; on CUDA it is a guess."""
+    wgrad: str
+    """Where the weight gradient comes from: ``""`` (it is not wanted), ``"matmul"`` (PyTorch), ``"product"`` (:func:`wgrad_sqnorm` of the batch as one
+    sample), or ``"fused"`` with the norms."""
 
 
 def plan(B: int, T: int, p: int, d: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", wgrad: bool = False) -> Plan:

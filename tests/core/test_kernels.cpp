@@ -315,7 +315,8 @@ static void test_convolution(cpu::Capability capability, const convolutions::Cas
 }
 
 int main() {
-  for (cpu::Capability capability : {cpu::Capability::kPortable, cpu::Capability::kAvx2, cpu::Capability::kAvx512}) {
+  for (cpu::Capability capability :
+       {cpu::Capability::kPortable, cpu::Capability::kAvx2, cpu::Capability::kAvx512, cpu::Capability::kAvx512Bf16}) {
     if (capability > cpu::capability()) continue;  // a lesser machine, or GHOSTGRAD_CPU_CAPABILITY
     test_embeddings<float>(capability);
     test_embeddings<double>(capability);
