@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import ops
 from .reference import accumulation_dtype
-from .samplewise import tracing
+from .samplewise import hint, tracing
 
 __all__ = ["Affine", "Arranged", "Contribution", "Full", "Gathered", "Outer", "Patches", "Positions", "Rows", "Segments", "inner"]
 
@@ -94,8 +94,9 @@ class Outer(Contribution):
         return ops.wgrad_and_sqnorm(self.a, self.b) if fused else super().total_and_sqnorm()
 
     def _single(self) -> bool:
-        """One position for each sample."""
-        return isinstance(self.a.shape[1], int) and self.a.shape[1] == 1
+        """One position for each sample, and little to compute."""
+        (B, T, p), d = self.a.shape, self.b.shape[2]
+        return isinstance(T, int) and T == 1 and hint(B) * hint(p) * hint(d) < ops.LARGE_PRODUCT
 
     def form(self) -> Any:
         return Outer, self.a.dtype, self.b.dtype, self.a.dim()

@@ -46,6 +46,10 @@ __all__ = [
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
+LARGE_PRODUCT = 1 << 21
+"""Multiplications in a product from which on a faster kernel of ours pays for the call."""
+
+
 # --- what all ops ask of their arguments; csrc/torch/check.h asks again, for callers of torch.ops ---
 
 

@@ -331,7 +331,7 @@ class _Layer:
                 node.hand_out(grad)
             observe, both = nodes[0].owner.observe, len(nodes) > 1
             sqnorm = ops.linear_sqnorm(x, b, both) if observe is None else observe(nodes, lambda: ops.linear_sqnorm(x, b, both))
-            return (*grads, sqnorm if sqnorm.dtype == nodes[0].leaf.dtype else sqnorm.to(nodes[0].leaf), *(None,) * (len(nodes) - 1))
+            return (*grads, _like(sqnorm, nodes[0].leaf), *(None,) * (len(nodes) - 1))
         nodes[0].add(Outer(x.unsqueeze(1), b.unsqueeze(1)), None)
         if len(nodes) > 1:
             nodes[1].add(Affine(Positions(b[:, None, :, None]), False, b.shape[1:]), None)
@@ -384,7 +384,9 @@ class _LeafNode(_Node):
         grad = None if not want else formed if grad is None else grad
         if type(sqnorm) is not Tensor and hasattr(sqnorm, "full_tensor"):  # squares of a sharded parameter's parts
             sqnorm = sqnorm.full_tensor()
-        return self.hand_out(None if grad is None else grad.to(self.dtype)), sqnorm.to(self.leaf)
+        if grad is not None and grad.dtype != self.dtype:
+            grad = grad.to(self.dtype)
+        return self.hand_out(grad), _like(sqnorm, self.leaf)
 
     def _grad_and_sqnorm(self, contributions: Sequence[_Pending], want: bool) -> tuple[Tensor | None, Tensor]:
         """The gradient, if wanted, and the squared norms: uses of the same elements are added before they are squared, uses of disjoint elements may be squared
@@ -984,6 +986,10 @@ class Tap(TorchFunctionMode):
             or self._layout_of(x) is not PLAIN
             or x.is_complex()
             or torch._C._is_any_autocast_enabled()
+            or (
+                x.shape[0] * weight.numel() >= ops.LARGE_PRODUCT
+                and ops.plan(x.shape[0], 1, x.shape[1], weight.shape[0], x.dtype, x.device, True).wgrad != "matmul"
+            )
         ):
             return None
         nodes = [self._new_node(p) for p in sources]
@@ -1191,8 +1197,14 @@ def _memory(t: Tensor) -> int:
 
 def _identity(grad: Tensor) -> tuple[Any, ...]:
     """Place and version of a gradient's memory: equal for the same gradient that nothing was added to."""
+    if type(grad) is Tensor and grad.layout is torch.strided and grad.is_cpu:
+        return grad.data_ptr(), grad._version
     memory = grad._values() if grad.is_sparse else grad.to_local() if hasattr(grad, "to_local") else grad
     return _memory(memory), memory.storage_offset(), grad._version
+
+
+def _like(t: Tensor, other: Tensor) -> Tensor:
+    return t if t.dtype == other.dtype and t.device == other.device else t.to(other)
 
 
 def _geometry(t: Tensor) -> tuple[Any, ...]:
