@@ -21,13 +21,14 @@ B, P, D = 7, 5, 6
 
 
 class Net(nn.Module):
-    """``use(net, x)`` with ``w`` (d, p), ``c`` (d,), ``v`` (p, d) and ``e`` (p,)."""
+    """``use(net, x)`` with ``w`` (d, p), ``c`` (d,), ``v`` (p, d), ``e`` (p,) and ``s`` (B, p)."""
 
     def __init__(self, use: Callable[[Net, Tensor], Tensor]):
         super().__init__()
         torch.manual_seed(0)
         self.use = use
-        self.w, self.c, self.v, self.e = (nn.Parameter(torch.randn(*shape, dtype=torch.float64)) for shape in ((D, P), (D,), (P, D), (P,)))
+        shapes = (D, P), (D,), (P, D), (P,), (B, P)
+        self.w, self.c, self.v, self.e, self.s = (nn.Parameter(torch.randn(*shape, dtype=torch.float64)) for shape in shapes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.use(self, x)
@@ -68,6 +69,9 @@ USES: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "hook on the result": lambda m, x: doubled(F.linear(x, m.w, m.c)).tanh(),
     "hook on a view of the result": lambda m, x: doubled(F.linear(x, m.w, m.c).t()).tanh().t(),
     "result used twice": lambda m, x: (lambda h: h * h.tanh() + h)(F.linear(x, m.w, m.c)),
+    "a parameter as long as the batch": lambda m, x: x @ F.linear(m.s, m.w, m.c)[:P],
+    "a function of a parameter, as long as the batch": lambda m, x: x @ F.linear(m.s * 2, m.w, m.c)[:P],
+    "a vector for a weight": lambda m, x: F.linear(x, m.e, None)[:, None] + F.linear(x, m.w, m.c),
     "part of the result unused": lambda m, x: F.linear(x, m.w, m.c)[:, 1:3],
     "result written into": lambda m, x: F.linear(x, m.w, m.c).index_fill_(1, torch.tensor([0, 2]), 0.5),
 }
@@ -166,11 +170,12 @@ def test_an_input_that_was_overwritten_is_refused() -> None:
 
 def test_double_backward() -> None:
     net, x = Net(USES["two layers"]), torch.randn(B, P, dtype=torch.float64)
-    expected = torch.autograd.grad(gg.sqnorms(net, lambda out, _: loss_fn(out), x, x, create_graph=True, reduction="sum").sum(), list(net.parameters()))
+    used = [net.w, net.c, net.v, net.e]
+    expected = torch.autograd.grad(gg.sqnorms(net, lambda out, _: loss_fn(out), x, x, create_graph=True, reduction="sum").sum(), used)
     with gg.tap(net, reduction="sum") as tap, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of reference cycles for backward(create_graph=True)
         loss_fn(net(x)).backward(create_graph=True)
-        got = torch.autograd.grad(tap.sqnorms().sum(), list(net.parameters()))
+        got = torch.autograd.grad(tap.sqnorms().sum(), used)
     for g, e in zip(got, expected):
         torch.testing.assert_close(g, e)
 

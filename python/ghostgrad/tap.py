@@ -975,6 +975,7 @@ class Tap(TorchFunctionMode):
         if (
             not self._want_grad
             or x.dim() != 2
+            or weight.dim() != 2
             or x.shape[0] != now.batch_size
             or now.recomputes
             or now.compiled
@@ -982,6 +983,7 @@ class Tap(TorchFunctionMode):
             or any(id(p) not in self._names or id(p) in now.nodes or type(p) not in _DENSE or p.dtype != x.dtype for p in sources)
             or type(x) is not Tensor
             or len(_ACTIVE.taps) > 1
+            or self._is_tracked(x)
             or not self._is_data(x)
             or self._layout_of(x) is not PLAIN
             or x.is_complex()
