@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -32,9 +31,8 @@ import torch
 from torch import Tensor
 
 from ghostgrad import _C, ops
+from ghostgrad.bench.measure import ALLOCATORS, environment
 
-# glibc is told to keep freed memory, so that page faults do not decide the ratio.
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 36)}
 Step = Callable[[], object]
 
 
@@ -187,8 +185,14 @@ def measure(shape: Product | Layer, seconds: float) -> dict[str, Any]:
 
 
 def machine(threads: int) -> dict[str, Any]:
-    name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.machine())
-    return {"processor": name, "kernels": _C.cpu_capability(), "torch": torch.__version__, "threads": threads}
+    return {**environment(), "kernels": _C.cpu_capability(), "threads": threads}
+
+
+def keep_memory() -> None:
+    """Runs the program anew with glibc told to keep freed memory, which it reads when the process starts, so that page faults do not decide the ratio."""
+    kept = ALLOCATORS["kept"]
+    if not kept.items() <= os.environ.items():
+        sys.exit(subprocess.run([sys.executable, *sys.argv], env=os.environ | kept, check=False).returncode)
 
 
 def save(to: Path, head: dict[str, Any], tables: dict[str, list[dict[str, Any]]]) -> None:
@@ -229,8 +233,7 @@ def main() -> None:
         rows = json.loads(arguments.show.read_text())["rows"]
         print("\n".join(line(row) for row in rows), summary(rows), sep="\n")
         return
-    if "MALLOC_TRIM_THRESHOLD_" not in os.environ:  # glibc reads it when the process starts
-        sys.exit(subprocess.run([sys.executable, *sys.argv], env=os.environ | KEEP_MEMORY, check=False).returncode)
+    keep_memory()
     torch.set_num_threads(arguments.threads)
     torch.set_grad_enabled(False)
     known = json.loads(arguments.out.read_text())["rows"] if arguments.out and arguments.out.exists() else []

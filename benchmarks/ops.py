@@ -30,8 +30,7 @@ def products(size: str) -> dict[str, tuple[Step, Step]]:
 
     names = ("outer_sqnorm", "gram_sqnorm", "sqnorm", "wgrad_sqnorm", "wgrad_and_sqnorm")
     by_product: dict[str, tuple[Step, Step]] = {name: (partial(getattr(ops, name), a, b), wgrad) for name in names}
-    single = (partial(ops.linear_sqnorm, a[:, 0], b[:, 0], True), lambda: b[:, 0].T @ a[:, 0])
-    return {**by_product, "linear_sqnorm": single, "row_sqnorm": (lambda: ops.row_sqnorm(x), lambda: x.sum(0))}
+    return {**by_product, "row_sqnorm": (lambda: ops.row_sqnorm(x), lambda: x.sum(0))}
 
 
 def picks(size: str) -> dict[str, tuple[Step, Step]]:

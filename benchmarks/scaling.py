@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from grid import KEEP_MEMORY, Step, clock, machine, save
+from grid import Step, clock, keep_memory, machine, save
 from scipy.stats import linregress
 from torch import nn
 
@@ -107,8 +104,7 @@ def main() -> None:
     if arguments.draw:
         draw(json.loads(arguments.draw[0].read_text()), arguments.draw[1])
         return
-    if "MALLOC_TRIM_THRESHOLD_" not in os.environ:  # glibc reads it when the process starts
-        sys.exit(subprocess.run([sys.executable, *sys.argv], env=os.environ | KEEP_MEMORY, check=False).returncode)
+    keep_memory()
     torch.set_num_threads(arguments.threads)
     sweeps: dict[str, list[dict[str, Any]]] = {}
     slopes: dict[str, dict[str, tuple[float, float]]] = {}

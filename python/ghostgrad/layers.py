@@ -447,8 +447,6 @@ def _runs(x: Tensor, layout: Known, batch_size: int) -> Tensor:
         return x.unsqueeze(1)
     if isinstance(layout, Ragged):
         return to_samples(x, layout, batch_size, x.dim() - 1)
-    if layout == PLAIN:
-        return x.unsqueeze(1)
     return x.unflatten(0, (layout.outer, batch_size, layout.inner)).movedim(1, 0).flatten(1, 2)
 
 

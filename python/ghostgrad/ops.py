@@ -47,7 +47,7 @@ _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "
 
 
 LARGE_PRODUCT = 1 << 21
-"""Multiplications in a product from which on a faster kernel of ours pays for the call."""
+"""Multiplications in the weight gradient of a linear layer on single positions (B, p), B p d, from which on a faster kernel of ours pays for its call."""
 
 
 # --- what all ops ask of their arguments; csrc/torch/check.h asks again, for callers of torch.ops ---
@@ -343,24 +343,6 @@ def _row_sqnorm_backward(ctx: Any, v: Tensor | None) -> Tensor | None:
 
 
 torch.library.register_autograd("ghostgrad::row_sqnorm", _row_sqnorm_backward, setup_context=_save_operands)
-
-
-def linear_sqnorm(
-    a: Tensor,  # (B, p)
-    b: Tensor,  # (B, d)
-    bias: bool,
-) -> Tensor:  # (B,)
-    """Squared norms of the gradients of a linear layer on single positions, its weight and with ``bias`` its bias: ``||b_i||^2 ||a_i||^2 (+ ||b_i||^2)``.
-    Two calls of :func:`row_sqnorm`, whose errors it raises."""
-    if torch.is_grad_enabled() or not (a.is_cpu and b.is_cpu):
-        rows = row_sqnorm(b)
-        sqnorm = rows * row_sqnorm(a)
-        return sqnorm + rows if bias else sqnorm
-    _check_tensor("row_sqnorm", "x", a)
-    op = torch.ops.ghostgrad.row_sqnorm.default
-    with torch._C._AutoDispatchBelowAutograd():
-        rows = op(b)
-        return torch.addcmul(rows, rows, op(a)) if bias else rows * op(a)
 
 
 # --- embedding_sqnorm ---

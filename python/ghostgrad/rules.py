@@ -566,10 +566,8 @@ def addmm(call: Call, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float 
 # Batch statistics
 
 
-def refuse_batch_statistics(tap: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def refuse_batch_statistics(tap: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raises if an intercepted batch normalisation uses the statistics of the batch."""
-    if getattr(func, "__name__", "") != "batch_norm":
-        return
     training = kwargs.get("training", args[5] if len(args) > 5 else False)
     if not training or not torch.is_grad_enabled():
         return

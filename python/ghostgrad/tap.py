@@ -49,9 +49,9 @@ class _Active(threading.local):
 
 _ACTIVE = _Active()
 
-_DENSE = (Tensor, nn.Parameter)
+_DENSE = (Tensor, nn.Parameter)  # what is no subclass, and so is not sharded
 _LINEAR = nn.functional.linear
-_OF_MODULES = vars(nn.Module()).keys()
+_OF_MODULES = vars(nn.Module()).keys()  # what every module has; a tensor under another name is a constant of the user's
 
 # Functions that look at a tensor without using its value in a differentiable way, or hand it out as an object: they get the original.
 _PASSIVE = frozenset(
@@ -306,6 +306,11 @@ class _Layer:
     def release(self) -> None:
         self._x = self._b = None
 
+    def _sqnorm(self, x: Tensor, b: Tensor) -> Tensor:
+        """Of all parameters together."""
+        of_bias, of_input = ops.row_sqnorm(b), ops.row_sqnorm(x)
+        return of_bias * of_input if len(self._nodes) == 1 else torch.addcmul(of_bias, of_bias, of_input)
+
     def collect(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """The gradients of the parameters, and of their leaves. ``grads``: what the operation's backward made of them."""
         nodes, x, b, task = self._nodes, self._x, self._b, torch._C._current_graph_task_id()
@@ -329,8 +334,8 @@ class _Layer:
             for node, grad in zip(nodes, grads):
                 node.reach()
                 node.hand_out(grad)
-            observe, both = nodes[0].owner.observe, len(nodes) > 1
-            sqnorm = ops.linear_sqnorm(x, b, both) if observe is None else observe(nodes, lambda: ops.linear_sqnorm(x, b, both))
+            observe = nodes[0].owner.observe
+            sqnorm = self._sqnorm(x, b) if observe is None else observe(nodes, lambda: self._sqnorm(x, b))
             return (*grads, _like(sqnorm, nodes[0].leaf), *(None,) * (len(nodes) - 1))
         nodes[0].add(Outer(x.unsqueeze(1), b.unsqueeze(1)), None)
         if len(nodes) > 1:
@@ -703,7 +708,7 @@ class Tap(TorchFunctionMode):
                 if self._is_tracked(t):
                     return func(*args, **kwargs) if name in _DETACHED else self._use(func, name, tensors, args, kwargs)
             if name == "batch_norm":
-                rules.refuse_batch_statistics(self, func, args, kwargs)
+                rules.refuse_batch_statistics(self, args, kwargs)
         elif not self._pass.recomputes and any(map(self._is_tracked, tensors)):
             self._pass.recomputes = True  # a reentrant checkpoint's first run looks like this
         blank = self._blank(args[0]) if args and writes_in_place(name) else None
@@ -797,7 +802,7 @@ class Tap(TorchFunctionMode):
                 "such a call returns is not known. Compile a module or function that holds this use as well."
             )
         if name == "batch_norm":
-            rules.refuse_batch_statistics(self, func, args, kwargs)
+            rules.refuse_batch_statistics(self, args, kwargs)
         rule = rules.rule_for(func) or rules.reference_call
         if len(parameters) > 1 and len(_ACTIVE.taps) == 1:
             self._attach_first({id(p): p for p in parameters if id(p) in self._names and id(p) not in self._pass.nodes})
@@ -1149,8 +1154,6 @@ class Tap(TorchFunctionMode):
             raise TapStateError("ghostgrad: there are no norms yet: loss.backward() has to run inside the tap's block, and the loss to use a tapped parameter")
         batch_size = self.batch_size or 0
         scale = batch_size**2 if self.reduction == "mean" else 1
-        if not now.compiled and not self.by_param and (only := grads[""]) is not None:
-            return {"": only * scale}
         pooled = grads.get(_POOL)  # (K, 1 + at least B)
         if pooled is not None and pooled[0, 0].item() != now.regions.calls:
             raise TapStateError("ghostgrad: a compiled call of the tapped module was split by a graph break, so its norms are incomplete; use fullgraph=True")
