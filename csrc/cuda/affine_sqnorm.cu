@@ -150,8 +150,8 @@ cudaError_t finish(const core::Affine& o, const Shape& shape, const double* part
                    void* total, void* sqnorm, cudaStream_t stream) {
   if (total != nullptr && o.channels > 0) {
     const int grid = grid_for(core::ceil_div(o.channels, kThreads));
-    add_totals<A><<<grid, kThreads, 0, stream>>>(run_total, shape.runs, o.channels, static_cast<A*>(total));
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+    GHOSTGRAD_TRY(launch(add_totals<A>, Launch{grid, kThreads}, stream, run_total, shape.runs, o.channels,
+                         static_cast<A*>(total)));
   }
   return launch_add_partials(partial, o.batch, shape.tiles, static_cast<A*>(sqnorm), stream);
 }
@@ -166,14 +166,12 @@ cudaError_t run(const core::Affine& o, const core::AffineResults& results, void*
   double* scale_total = shift_partial + o.batch * shape.tiles;  // (runs, d)
   double* shift_total = scale_total + shape.runs * o.channels;
   if (o.batch * shape.tiles > 0) {
-    affine_sqnorm_kernel<S><<<grid_for(shape.tiles * shape.runs), kThreads, 0, stream>>>(
-        o, shape, scale_partial, shift_partial, total ? scale_total : nullptr, total ? shift_total : nullptr);
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+    GHOSTGRAD_TRY(launch(affine_sqnorm_kernel<S>, Launch{grid_for(shape.tiles * shape.runs), kThreads}, stream, o,
+                         shape, scale_partial, shift_partial, total ? scale_total : nullptr,
+                         total ? shift_total : nullptr));
   }
   if (o.scaled) {
-    const cudaError_t error =
-        finish<A>(o, shape, scale_partial, scale_total, results.scale, results.scale_sqnorm, stream);
-    if (error != cudaSuccess) return error;
+    GHOSTGRAD_TRY(finish<A>(o, shape, scale_partial, scale_total, results.scale, results.scale_sqnorm, stream));
   }
   return finish<A>(o, shape, shift_partial, shift_total, results.shift, results.shift_sqnorm, stream);
 }

@@ -26,8 +26,8 @@ cudaError_t run(const core::Convolution& o, void* sqnorm, void* workspace, cudaS
   const ConvTiles tiles = conv_tiles(o);
   double* partial = static_cast<double*>(workspace);
   if (o.batch * tiles.count > 0) {
-    conv_sqnorm_kernel<S><<<grid_for(o.batch * tiles.count), kThreads, 0, stream>>>(o, tiles, partial);
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+    GHOSTGRAD_TRY(
+        launch(conv_sqnorm_kernel<S>, Launch{grid_for(o.batch * tiles.count), kThreads}, stream, o, tiles, partial));
   }
   return launch_add_partials(partial, o.batch, tiles.count, static_cast<core::accumulation_t<S>*>(sqnorm), stream);
 }

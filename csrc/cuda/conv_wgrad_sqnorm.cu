@@ -53,14 +53,14 @@ cudaError_t run(const core::Convolution& o, void* wgrad, void* sqnorm, void* wor
   if (o.elements() > 0) {
     const int grid = grid_for(tiles.count * runs.count);
     if (runs.count == 1) {
-      conv_wgrad_sqnorm_kernel<S, S><<<grid, kThreads, 0, stream>>>(o, tiles, runs, static_cast<S*>(wgrad), partial);
+      GHOSTGRAD_TRY(launch(conv_wgrad_sqnorm_kernel<S, S>, Launch{grid, kThreads}, stream, o, tiles, runs,
+                           static_cast<S*>(wgrad), partial));
     } else {
-      conv_wgrad_sqnorm_kernel<S, A><<<grid, kThreads, 0, stream>>>(o, tiles, runs, run_wgrad, partial);
+      GHOSTGRAD_TRY(
+          launch(conv_wgrad_sqnorm_kernel<S, A>, Launch{grid, kThreads}, stream, o, tiles, runs, run_wgrad, partial));
     }
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
     if (runs.count > 1) {
-      const cudaError_t error = launch_add_runs(run_wgrad, runs.count, o.elements(), static_cast<S*>(wgrad), stream);
-      if (error != cudaSuccess) return error;
+      GHOSTGRAD_TRY(launch_add_runs(run_wgrad, runs.count, o.elements(), static_cast<S*>(wgrad), stream));
     }
   }
   return launch_add_partials(partial, o.batch, tiles.count, static_cast<A*>(sqnorm), stream);

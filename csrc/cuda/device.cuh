@@ -1,13 +1,18 @@
 // What the CUDA kernels share: thread counts, loads, and sums over a block in a fixed order.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include <cstdint>
 
 #include "core/dtype.h"
 #include "core/operands.h"
 #include "core/tiles.h"
+#include "cuda/primitives.cuh"
+
+// Returns the error of a call from the function that makes it.
+#define GHOSTGRAD_TRY(CALL)                                                 \
+  do {                                                                      \
+    if (const cudaError_t error = CALL; error != cudaSuccess) return error; \
+  } while (false)
 
 namespace ghostgrad::cuda {
 

@@ -140,14 +140,12 @@ cudaError_t run(const core::Picks& picks, void* sqnorm, void* workspace, cudaStr
   if (picks.batch * pieces > 0) {
     const int grid = grid_for(picks.batch);
     if (tokens_kept(picks) == 0) {
-      sort_tokens<true><<<grid, kThreads, 0, stream>>>(picks, token, position, length);
+      GHOSTGRAD_TRY(launch(sort_tokens<true>, Launch{grid, kThreads}, stream, picks, token, position, length));
     } else {
-      sort_tokens<false><<<grid, kThreads, 0, stream>>>(picks, token, position, length);
+      GHOSTGRAD_TRY(launch(sort_tokens<false>, Launch{grid, kThreads}, stream, picks, token, position, length));
     }
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-    embedding_sqnorm_kernel<S><<<grid_for(picks.batch * pieces), kThreads, 0, stream>>>(
-        picks, pieces, column_tiles(picks), position, length, partial);
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+    GHOSTGRAD_TRY(launch(embedding_sqnorm_kernel<S>, Launch{grid_for(picks.batch * pieces), kThreads}, stream, picks,
+                         pieces, column_tiles(picks), position, length, partial));
   }
   return launch_add_partials(partial, picks.batch, pieces, static_cast<core::accumulation_t<S>*>(sqnorm), stream);
 }

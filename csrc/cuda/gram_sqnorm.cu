@@ -63,8 +63,8 @@ cudaError_t run(const core::Operands& o, void* sqnorm, void* workspace, cudaStre
   const int64_t pairs = pairs_of(o);
   double* partial = static_cast<double*>(workspace);
   if (o.batch * pairs > 0) {
-    gram_sqnorm_kernel<S><<<grid_for(o.batch * pairs), kThreads, 0, stream>>>(o, pairs, partial);
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+    GHOSTGRAD_TRY(
+        launch(gram_sqnorm_kernel<S>, Launch{grid_for(o.batch * pairs), kThreads}, stream, o, pairs, partial));
   }
   return launch_add_partials(partial, o.batch, pairs, static_cast<core::accumulation_t<S>*>(sqnorm), stream);
 }

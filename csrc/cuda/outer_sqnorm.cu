@@ -37,8 +37,8 @@ cudaError_t run(const core::Operands& o, void* sqnorm, void* workspace, cudaStre
   const int64_t tiles = tiles_of(o);
   double* partial = static_cast<double*>(workspace);
   if (o.batch * tiles > 0) {
-    outer_sqnorm_kernel<S><<<grid_for(o.batch * tiles), kThreads, 0, stream>>>(o, tiles, partial);
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+    GHOSTGRAD_TRY(
+        launch(outer_sqnorm_kernel<S>, Launch{grid_for(o.batch * tiles), kThreads}, stream, o, tiles, partial));
   }
   return launch_add_partials(partial, o.batch, tiles, static_cast<core::accumulation_t<S>*>(sqnorm), stream);
 }

@@ -24,8 +24,7 @@ __global__ void __launch_bounds__(kThreads) add_partials(const double* __restric
 template <class A>
 cudaError_t launch_add_partials(const double* partial, int64_t batch, int64_t count, A* sqnorm, cudaStream_t stream) {
   if (batch == 0) return cudaSuccess;
-  add_partials<A><<<grid_for(batch), kThreads, 0, stream>>>(partial, batch, count, sqnorm);
-  return cudaGetLastError();
+  return launch(add_partials<A>, Launch{grid_for(batch), kThreads}, stream, partial, batch, count, sqnorm);
 }
 
 // A thread owns one element of the weight gradient at a time and adds its runs in order.
@@ -43,8 +42,8 @@ __global__ void __launch_bounds__(kThreads) add_runs(const A* __restrict__ run_w
 
 template <class S, class A>
 cudaError_t launch_add_runs(const A* run_wgrad, int64_t runs, int64_t elements, S* wgrad, cudaStream_t stream) {
-  add_runs<S><<<grid_for(core::ceil_div(elements, kThreads)), kThreads, 0, stream>>>(run_wgrad, runs, elements, wgrad);
-  return cudaGetLastError();
+  return launch(add_runs<S>, Launch{grid_for(core::ceil_div(elements, kThreads)), kThreads}, stream, run_wgrad, runs,
+                elements, wgrad);
 }
 
 }  // namespace

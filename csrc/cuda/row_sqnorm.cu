@@ -35,8 +35,8 @@ cudaError_t run(const core::Rows& rows, void* sqnorm, void* workspace, cudaStrea
   const int64_t pieces = core::ceil_div(rows.length, kPiece);
   double* partial = static_cast<double*>(workspace);
   if (rows.batch * pieces > 0) {
-    row_sqnorm_kernel<S><<<grid_for(rows.batch * pieces), kThreads, 0, stream>>>(rows, pieces, partial);
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+    GHOSTGRAD_TRY(
+        launch(row_sqnorm_kernel<S>, Launch{grid_for(rows.batch * pieces), kThreads}, stream, rows, pieces, partial));
   }
   return launch_add_partials(partial, rows.batch, pieces, static_cast<core::accumulation_t<S>*>(sqnorm), stream);
 }

@@ -66,14 +66,13 @@ cudaError_t run(const core::Operands& o, const void* weights, void* wgrad, void*
   if (elements > 0) {
     const int grid = grid_for(shape.tiles * shape.runs);
     if (shape.runs == 1) {
-      wgrad_sqnorm_kernel<S, S><<<grid, kThreads, 0, stream>>>(o, shape, c, static_cast<S*>(wgrad), partial);
+      GHOSTGRAD_TRY(launch(wgrad_sqnorm_kernel<S, S>, Launch{grid, kThreads}, stream, o, shape, c,
+                           static_cast<S*>(wgrad), partial));
     } else {
-      wgrad_sqnorm_kernel<S, A><<<grid, kThreads, 0, stream>>>(o, shape, c, run_wgrad, partial);
+      GHOSTGRAD_TRY(launch(wgrad_sqnorm_kernel<S, A>, Launch{grid, kThreads}, stream, o, shape, c, run_wgrad, partial));
     }
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
     if (shape.runs > 1) {
-      const cudaError_t error = launch_add_runs(run_wgrad, shape.runs, elements, static_cast<S*>(wgrad), stream);
-      if (error != cudaSuccess) return error;
+      GHOSTGRAD_TRY(launch_add_runs(run_wgrad, shape.runs, elements, static_cast<S*>(wgrad), stream));
     }
   }
   return launch_add_partials(partial, o.batch, shape.tiles, static_cast<A*>(sqnorm), stream);

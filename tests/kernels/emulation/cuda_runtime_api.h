@@ -8,8 +8,7 @@
 // How: a thread is a context with a stack of its own. A block's threads run one after the other, each until it waits
 // for its block (a barrier) or for its warp (a shuffle); who has waited long enough goes on. The order is a knob, and a
 // warp runs far ahead of others if nothing stops it: a missing barrier makes results depend on that. Shared memory is a
-// static variable, since blocks run one after the other. CMake turns `kernel<<<grid, threads, 0, stream>>>(` into
-// `emulation::launch(stream, grid, threads, kernel, `.
+// static variable, since blocks run one after the other.
 #pragma once
 
 #include <setjmp.h>
@@ -34,7 +33,6 @@
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 namespace emulation {
 
