@@ -56,11 +56,11 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
 // A copy reaches shared memory at some time until its thread has waited for the group that it was committed with; other
 // threads see it after a barrier that follows.
 
-// kBytes (4, 8 or 16), aligned to as much at both ends; zeros, and nothing is read, if not `inside`.
+// Copies the first `bytes` of kBytes (4, 8 or 16, to which both ends are aligned) and fills the rest with zeros. Of
+// nothing, nothing is read: `global` may then be any address.
 template <int kBytes>
-__device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside) {
+__device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "what cp.async can copy");
-  const int bytes = inside ? kBytes : 0;
   if constexpr (kBytes == 16) {  // past the first-level cache: tiles are shared by blocks, not by a block's threads
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
                  : "memory");
