@@ -15,6 +15,7 @@
   } while (false)
 
 namespace ghostgrad::cuda {
+namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
@@ -37,4 +38,5 @@ __device__ __forceinline__ double block_sum(double value) {
   return total;
 }
 
+}  // namespace
 }  // namespace ghostgrad::cuda
