@@ -21,6 +21,7 @@ struct Operands {
   int64_t out_features;  // d
   int64_t a_batch_stride, a_position_stride;
   int64_t b_batch_stride, b_position_stride;
+  bool tf32 = false;  // float32 operands may be rounded to 10 bits of mantissa, as the tensor cores of a GPU want them
 };
 
 // The operands of a convolution's weight gradient, (out_channels, channels / groups, *kernel): one product of output
@@ -41,6 +42,7 @@ struct Convolution {
   int64_t size[3], out[3], kernel[3];
   int64_t stride[3], padding[3], dilation[3];
   int64_t x_strides[6], b_strides[6];
+  bool tf32 = false;  // as in Operands
 
   // As a product: T positions, p in-features and d out-features of each group.
   GHOSTGRAD_HD int64_t positions() const { return runs * out[0] * out[1] * out[2]; }

@@ -72,11 +72,6 @@ __device__ __forceinline__ void sum_positions(const core::Affine& o, int64_t sam
   }
 }
 
-__device__ __forceinline__ double warp_sum(double value) {
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
-  return value;
-}
-
 template <class S>
 __global__ void __launch_bounds__(kThreads) affine_sqnorm_kernel(const core::Affine o, const Shape shape,
                                                                  double* __restrict__ scale_partial,  // (B, tiles)

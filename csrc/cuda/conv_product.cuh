@@ -1,9 +1,11 @@
-// A tile of the per-sample weight gradient of a convolution: product.cuh's, with patches gathered on their way to
+// The tiles of the per-sample weight gradient of a convolution: product.cuh's, with patches gathered on their way to
 // shared memory.
 //
-// G_i is one (d, p) matrix for each group, d output channels of the group, p = input channels of the group times kernel
-// elements. The inner dimension runs over the positions of all runs. A thread stages one position per step, always the
-// same four rows and the same four columns of the tile: what belongs to these is worked out once per tile.
+// G_i is one (d, p) matrix for each group, d output channels of the group, p = kernel elements times input channels of
+// the group; the inner dimension runs over the positions of all runs. Columns are counted with the channels innermost,
+// so that where these are adjacent in memory (channels last) a vector of 16 bytes lies within one kernel element, and
+// patches cost no more instructions than a matrix would. A thread stages the same column, or vector of columns, at each
+// step: what belongs to it is worked out once per tile.
 #pragma once
 
 #include "cuda/product.cuh"
@@ -11,75 +13,159 @@
 namespace ghostgrad::cuda {
 namespace {
 
-struct ConvTiles {
-  int64_t row_tiles, column_tiles, count;
+constexpr int64_t kUnits = 160;  // as in wgrad.cuh
+
+struct ConvTiling {
+  int64_t row_tiles, column_tiles, tiles, run_length, runs;
+
+  __device__ __forceinline__ int64_t units() const { return tiles * runs; }
 };
-inline ConvTiles conv_tiles(const core::Convolution& o) {
-  const int64_t rows = core::ceil_div(o.group_outputs(), kTile), columns = core::ceil_div(o.in_features(), kTile);
-  return ConvTiles{rows, columns, o.groups * rows * columns};
+
+template <class Math>
+ConvTiling conv_tiling_of(const core::Convolution& o) {
+  const int64_t rows = core::ceil_div(o.group_outputs(), Math::kRows);
+  const int64_t columns = core::ceil_div(o.in_features(), Math::kColumns);
+  const int64_t tiles = o.groups * rows * columns, runs = core::sample_runs(o.batch, o.positions(), tiles, kUnits);
+  const int64_t run_length = core::maximum(1, core::ceil_div(o.batch, runs));
+  return ConvTiling{rows, columns, tiles, run_length, core::maximum(1, core::ceil_div(o.batch, run_length))};
 }
 
-struct ConvPlace {
-  int64_t group, row, column;
+// One tile of one group for one run of samples.
+struct ConvUnit {
+  int64_t tile, group, run;
+  int row, column, first, last;  // of the tile in its group, and of the samples
 };
-__device__ __forceinline__ ConvPlace conv_place(const ConvTiles& tiles, int64_t tile) {
-  const int64_t in_group = tile % (tiles.row_tiles * tiles.column_tiles);
-  return ConvPlace{tile / (tiles.row_tiles * tiles.column_tiles), in_group / tiles.column_tiles * kTile,
-                   in_group % tiles.column_tiles * kTile};
+template <class Math>
+__device__ __forceinline__ ConvUnit conv_unit_at(const ConvTiling& tiling, int64_t batch, int64_t index) {
+  const int64_t tile = index / tiling.runs, run = index % tiling.runs, first = run * tiling.run_length;
+  const int64_t in_group = tile % (tiling.row_tiles * tiling.column_tiles);
+  return ConvUnit{tile,
+                  tile / (tiling.row_tiles * tiling.column_tiles),
+                  run,
+                  static_cast<int>(in_group / tiling.column_tiles) * Math::kRows,
+                  static_cast<int>(in_group % tiling.column_tiles) * Math::kColumns,
+                  static_cast<int>(first),
+                  static_cast<int>(core::minimum(first + tiling.run_length, batch))};
 }
 
-// The patch of this thread of one tile of G_i, i = sample.
-template <class S, class A = core::accumulation_t<S>>
-__device__ __forceinline__ void conv_tile(const core::Convolution& o, int64_t sample, const ConvPlace& place,
-                                          Stage<A>& stage, A (&total)[kPatch][kPatch]) {
-  constexpr int kPerThread = kStep * kTile / kThreads, kApart = kThreads / kStep;
-  const int k = static_cast<int>(threadIdx.x) % kStep, outer = static_cast<int>(threadIdx.x) / kStep;
-  const S* x = static_cast<const S*>(o.x) + sample * o.x_strides[0];
-  const S* b = static_cast<const S*>(o.b) + sample * o.b_strides[0];
-
-  // A column is an input channel and a kernel element; one that is none lies before any image.
-  int64_t channel[kPerThread];
-  int32_t shift[kPerThread][3];
+// Where a position of the output is: its run and its place.
+struct ConvPosition {
+  int run, place[3];
+};
+__device__ __forceinline__ ConvPosition conv_position(const core::Convolution& o, int position) {
+  ConvPosition at;
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    int64_t feature = place.column + outer + i * kApart;
-    const bool none = feature >= o.in_features();
-    shift[i][2] = static_cast<int32_t>(feature % o.kernel[2] * o.dilation[2] - o.padding[2]);
-    feature /= o.kernel[2];
-    shift[i][1] = static_cast<int32_t>(feature % o.kernel[1] * o.dilation[1] - o.padding[1]);
-    feature /= o.kernel[1];
-    shift[i][0] = none ? INT32_MIN : static_cast<int32_t>(feature % o.kernel[0] * o.dilation[0] - o.padding[0]);
-    channel[i] = feature / o.kernel[0] * o.x_strides[2];
+  for (int i = 2; i >= 0; --i) {
+    const int size = static_cast<int>(o.out[i]);
+    at.place[i] = position % size;
+    position /= size;
   }
-  multiply_tile(
-      o.positions(), stage,
-      [&](int64_t t) {
-        int64_t position = t + k;
-        const bool there = position < o.positions();
-        const int64_t out_x = position % o.out[2];
-        position /= o.out[2];
-        const int64_t out_y = position % o.out[1];
-        position /= o.out[1];
-        const int64_t out_z = position % o.out[0], run = position / o.out[0];
-        const S* gradients = b + run * o.b_strides[1] + out_z * o.b_strides[3] + out_y * o.b_strides[4] +
-                             out_x * o.b_strides[5] + place.group * o.group_outputs() * o.b_strides[2];
-        const S* image = x + run * o.x_strides[1] + place.group * o.group_channels() * o.x_strides[2];
+  at.run = position;
+  return at;
+}
+
+// Stages kStep positions of a tile's rows (output channels) and columns (input patches) of one group.
+template <class S>
+struct ConvSource {
+  const core::Convolution& o;
+  const S *x, *b;  // of the group
+  bool x_vectors, b_vectors;
+
+  __device__ __forceinline__ ConvSource(const core::Convolution& convolution, int64_t group)
+      : o(convolution),
+        x(static_cast<const S*>(o.x) + group * o.group_channels() * o.x_strides[2]),
+        b(static_cast<const S*>(o.b) + group * o.group_outputs() * o.b_strides[2]) {
+    constexpr int64_t kVector = 16 / sizeof(S);
+    int64_t x_strides = 0, b_strides = 0;  // of everything but the channels
 #pragma unroll
-        for (int i = 0; i < kPerThread; ++i) {
-          const int64_t row = place.row + outer + i * kApart;
-          stage.rows[k][outer + i * kApart] =
-              there && row < o.group_outputs() ? core::to_accumulation(gradients[row * o.b_strides[2]]) : A(0);
-          const int64_t at_z = out_z * o.stride[0] + shift[i][0], at_y = out_y * o.stride[1] + shift[i][1];
-          const int64_t at_x = out_x * o.stride[2] + shift[i][2];
-          const bool inside =
-              there && at_z >= 0 && at_z < o.size[0] && at_y >= 0 && at_y < o.size[1] && at_x >= 0 && at_x < o.size[2];
-          stage.columns[k][outer + i * kApart] =
-              inside ? core::to_accumulation(
-                           image[channel[i] + at_z * o.x_strides[3] + at_y * o.x_strides[4] + at_x * o.x_strides[5]])
-                     : A(0);
-        }
+    for (int i = 0; i < 6; ++i) {
+      x_strides |= i == 2 ? 0 : o.x_strides[i];
+      b_strides |= i == 2 ? 0 : o.b_strides[i];
+    }
+    x_vectors =
+        o.x_strides[2] == 1 && o.group_channels() % kVector == 0 && aligned(o.x, x_strides * int64_t{sizeof(S)});
+    b_vectors = o.b_strides[2] == 1 && o.group_outputs() % kVector == 0 && aligned(o.b, b_strides * int64_t{sizeof(S)});
+  }
+
+  template <class Rows, class Columns>
+  __device__ __forceinline__ void stage(int sample, int t, int row, int column, Rows& rows, Columns& columns) const {
+    constexpr int kVector = 16 / sizeof(S);
+    b_vectors ? stage_rows<kVector>(sample, t, row, rows) : stage_rows<1>(sample, t, row, rows);
+    x_vectors ? stage_columns<kVector>(sample, t, column, columns) : stage_columns<1>(sample, t, column, columns);
+  }
+
+ private:
+  template <int kPiece>
+  __device__ __forceinline__ static void copy(S* to, const S* from, bool inside) {
+    if constexpr (kPiece * sizeof(S) >= 4) {
+      copy_async<kPiece * sizeof(S)>(to, from, inside ? kPiece * static_cast<int>(sizeof(S)) : 0);
+    } else {
+      S value{};
+      if (inside) value = *from;
+      *to = value;
+    }
+  }
+
+  template <int kPiece, int kStep, int kExtent, int kPad>
+  __device__ __forceinline__ void stage_rows(int sample, int t, int row,
+                                             Staged<S, Adjacent::kOuter, kStep, kExtent, kPad>& to) const {
+    constexpr int kInRow = kExtent / kPiece, kRowsApart = kThreads / kInRow;
+    const int along = static_cast<int>(threadIdx.x) % kInRow * kPiece, across = static_cast<int>(threadIdx.x) / kInRow;
+    const bool some = row + along < o.group_outputs();
+    const S* channels = b + sample * o.b_strides[0] + (row + along) * o.b_strides[2];
+#pragma unroll 2
+    for (int i = across; i < kStep; i += kRowsApart) {
+      const bool inside = some && t + i < o.positions();
+      const ConvPosition at = conv_position(o, t + i);
+      const S* from = channels + at.run * o.b_strides[1] + at.place[0] * o.b_strides[3] + at.place[1] * o.b_strides[4] +
+                      at.place[2] * o.b_strides[5];
+      copy<kPiece>(to.at(i, along), inside ? from : b, inside);
+    }
+  }
+
+  template <int kPiece, int kStep, int kExtent, int kPad>
+  __device__ __forceinline__ void stage_columns(int sample, int t, int column,
+                                                Staged<S, Adjacent::kOuter, kStep, kExtent, kPad>& to) const {
+    constexpr int kInRow = kExtent / kPiece, kRowsApart = kThreads / kInRow;
+    const int along = static_cast<int>(threadIdx.x) % kInRow * kPiece, across = static_cast<int>(threadIdx.x) / kInRow;
+    const int group_channels = static_cast<int>(o.group_channels());
+    const bool some = column + along < o.in_features();
+    int element = some ? (column + along) / group_channels : 0;
+    const S* channels = x + sample * o.x_strides[0] + (column + along - element * group_channels) * o.x_strides[2];
+    int shift[3];  // from the output's place times the stride to the input's
+#pragma unroll
+    for (int i = 2; i >= 0; --i) {
+      const int size = static_cast<int>(o.kernel[i]);
+      shift[i] = element % size * static_cast<int>(o.dilation[i]) - static_cast<int>(o.padding[i]);
+      element /= size;
+    }
+#pragma unroll 2
+    for (int i = across; i < kStep; i += kRowsApart) {
+      const ConvPosition at = conv_position(o, t + i);
+      bool inside = some && t + i < o.positions();
+      const S* from = channels + at.run * o.x_strides[1];
+#pragma unroll
+      for (int dim = 0; dim < 3; ++dim) {
+        const int place = at.place[dim] * static_cast<int>(o.stride[dim]) + shift[dim];
+        inside = inside && place >= 0 && place < o.size[dim];
+        from += place * o.x_strides[3 + dim];
+      }
+      copy<kPiece>(to.at(i, along), inside ? from : x, inside);
+    }
+  }
+};
+
+// finish(sample, sums) for each sample of the unit, sums being this thread's part of the tile of G_i.
+template <class Math, class Finish>
+__device__ __forceinline__ void conv_tiles(const core::Convolution& o, const ConvUnit& unit, const Finish& finish) {
+  const ConvSource<typename Math::Element> source(o, unit.group);
+  const int positions = static_cast<int>(o.positions());
+  multiply<Math, Adjacent::kOuter>(
+      unit.first, unit.last, [&](int) { return positions; },
+      [&](int sample, int t, auto& stage) {
+        source.stage(sample, t, unit.row, unit.column, stage.rows, stage.columns);
       },
-      total);
+      finish);
 }
 
 }  // namespace

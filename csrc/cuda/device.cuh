@@ -23,12 +23,23 @@ constexpr int kWarps = kThreads / 32;
 // As many blocks as there are units of work, up to what a grid can have; kernels stride over the rest.
 inline int grid_for(int64_t units) { return static_cast<int>(core::minimum(units, int64_t{1} << 30)); }
 
+// The sum of `value` over the warp, in its first lane: a tree over lanes.
+__device__ __forceinline__ double warp_sum(double value) {
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
+  return value;
+}
+
+// ... and to the warp's place in `partial`.
+__device__ __forceinline__ void write_warp_sum(double value, double* __restrict__ partial) {  // (kWarps,)
+  const double total = warp_sum(value);
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = total;
+}
+
 // The sum of `value` over the block, in thread 0. The order is that of a tree over lanes and then warps: always the
 // same. All threads of the block must call it; it may be called again at once.
 __device__ __forceinline__ double block_sum(double value) {
   __shared__ double warp_sums[kWarps];
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
-  if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = value;
+  write_warp_sum(value, warp_sums);
   __syncthreads();
   double total = 0.0;
   if (threadIdx.x == 0) {

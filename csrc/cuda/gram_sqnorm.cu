@@ -1,12 +1,13 @@
 // gram_sqnorm on CUDA: sqnorm[i] = sum_{s,t} <a_s, a_t> <b_s, b_t>, no Gram matrix in memory.
 //
-// A block owns one pair of strips of 64 positions of one sample at a time, the second strip not after the first; a
-// thread owns 4 x 4 pairs of positions. The features of a go by first, staged through shared memory and turned on the
-// way (product.cuh), and leave sixteen inner products <a_s, a_t> in each thread's registers; then those of b. The
-// products of both are added in float64, since they have signs and cancel, over the block, and thread 0 writes them:
-// partial (B, pairs). Both matrices are symmetric, so a pair of different strips counts twice. A second kernel adds a
-// sample's partials. No atomics: same inputs, same bits.
-#include "core/storage.h"
+// A block owns a tile of pairs of positions (s, t) of one sample at a time, on or below the diagonal. The features of a
+// go by first and leave the tile of inner products <a_s, a_t> in registers, then those of b (product.cuh); a tile on
+// the diagonal stages its positions but once. The products of both are added in float64, since they have signs and
+// cancel, over each warp, which writes them: partial (B, tiles, warps). Both matrices are symmetric, so a tile below
+// the diagonal counts twice. A second kernel adds a sample's partials. No atomics: same inputs, same bits.
+//
+// Large tiles read a and b less often, small ones make more blocks and have less that is idle when there are few
+// positions: the size depends on shapes alone.
 #include "cuda/gram_sqnorm.h"
 #include "cuda/product.cuh"
 #include "cuda/reduce.cuh"
@@ -14,69 +15,93 @@
 namespace ghostgrad::cuda {
 namespace {
 
-int64_t pairs_of(const core::Operands& o) { return core::triangle(core::ceil_div(o.positions, kTile)); }
+constexpr int64_t kEnough = 264;  // blocks: two for each multiprocessor of a large GPU
 
-// The patch of this thread of the inner products <x_s, x_t>, s from `row` on and t from `column` on.
-template <class S, class A = core::accumulation_t<S>>
-__device__ __forceinline__ void gram_tile(const S* x,  // (T, length), rows `stride` apart
-                                          int64_t stride, int64_t positions, int64_t length, int64_t row,
-                                          int64_t column, Stage<A>& stage, A (&total)[kPatch][kPatch]) {
-  multiply_tile(
-      length, stage,
-      [&](int64_t k) {
-        stage_outer_major(x, stride, k, length, row, positions, stage.rows);
-        stage_outer_major(x, stride, k, length, column, positions, stage.columns);
-      },
-      total);
+template <class S, int kTile>
+using Math = math_of<S, kTile, kTile>;
+
+int64_t tiles_of(const core::Operands& o, int tile) { return core::triangle(core::ceil_div(o.positions, tile)); }
+
+template <class S>
+bool large_tiles(const core::Operands& o) {
+  return sizeof(typename Math<S, 128>::Element) == 2 && o.positions > 64 && o.batch * tiles_of(o, 128) >= kEnough;
+}
+
+template <class S, int kTile, class A = typename Math<S, kTile>::Sum>
+__global__ void __launch_bounds__(kThreads, 1) gram_sqnorm_kernel(const core::Operands o, int64_t tiles,
+                                                                  double* __restrict__ partial) {  // (B, tiles, warps)
+  using M = Math<S, kTile>;
+  using E = typename M::Element;
+  using Features = Source<E, Adjacent::kInner>;
+  static_assert(M::kRows == kTile && M::kColumns == kTile, "tiles are squares");
+  const bool a_vectors = aligned(o.a, (o.a_batch_stride | o.a_position_stride) * static_cast<int64_t>(sizeof(E)));
+  const bool b_vectors = aligned(o.b, (o.b_batch_stride | o.b_position_stride) * static_cast<int64_t>(sizeof(E)));
+  for (int64_t unit = blockIdx.x; unit < o.batch * tiles; unit += gridDim.x) {
+    const int64_t sample = unit / tiles;
+    const core::TrianglePosition tile = core::triangle_position(unit % tiles);
+    const int row = static_cast<int>(tile.row) * kTile, column = static_cast<int>(tile.column) * kTile;
+    const Features factors[2] = {{static_cast<const E*>(o.a) + sample * o.a_batch_stride, o.a_position_stride,
+                                  static_cast<int>(o.in_features), static_cast<int>(o.positions), a_vectors},
+                                 {static_cast<const E*>(o.b) + sample * o.b_batch_stride, o.b_position_stride,
+                                  static_cast<int>(o.out_features), static_cast<int>(o.positions), b_vectors}};
+    A aa[M::kSums];
+    multiply<M, Adjacent::kInner>(
+        0, 2, [&](int factor) { return static_cast<int>(factor == 0 ? o.in_features : o.out_features); },
+        [&](int factor, int k, auto& stage) {
+          const Features x = factor == 0 ? factors[0] : factors[1];
+          x.stage(k, row, stage.rows);
+          if (row != column) x.stage(k, column, stage.columns);
+        },
+        [&](int factor, const A(&sums)[M::kSums]) {
+          double total = 0.0;
+#pragma unroll
+          for (int i = 0; i < M::kSums; ++i) {
+            if (factor == 0) {
+              aa[i] = sums[i];
+            } else if (row + M::row(i) < o.positions && column + M::column(i) < o.positions) {
+              total += static_cast<double>(aa[i]) * static_cast<double>(sums[i]);
+            }
+          }
+          if (factor == 1) write_warp_sum(row == column ? total : 2.0 * total, partial + unit * kWarps);
+        },
+        row == column);
+  }
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads) gram_sqnorm_kernel(const core::Operands o, int64_t pairs,
-                                                               double* __restrict__ partial) {  // (B, pairs)
-  using A = core::accumulation_t<S>;
-  __shared__ Stage<A> stage;
-  for (int64_t unit = blockIdx.x; unit < o.batch * pairs; unit += gridDim.x) {
-    const int64_t sample = unit / pairs;
-    const core::TrianglePosition strips = core::triangle_position(unit % pairs);
-    const int64_t row = strips.row * kTile, column = strips.column * kTile;
-    A aa[kPatch][kPatch], bb[kPatch][kPatch];
-    gram_tile(static_cast<const S*>(o.a) + sample * o.a_batch_stride, o.a_position_stride, o.positions, o.in_features,
-              row, column, stage, aa);
-    gram_tile(static_cast<const S*>(o.b) + sample * o.b_batch_stride, o.b_position_stride, o.positions, o.out_features,
-              row, column, stage, bb);
-    double sum = 0.0;
-#pragma unroll
-    for (int i = 0; i < kPatch; ++i) {
-#pragma unroll
-      for (int j = 0; j < kPatch; ++j) {
-        const bool inside = row + patch_row() + i < o.positions && column + patch_column() + j < o.positions;
-        if (inside) sum += static_cast<double>(aa[i][j]) * static_cast<double>(bb[i][j]);
-      }
-    }
-    const double total = block_sum(sum);
-    if (threadIdx.x == 0) partial[unit] = strips.row == strips.column ? total : 2.0 * total;
+int64_t workspace_of(const core::Operands& o) {
+  return o.batch * partials_of(tiles_of(o, large_tiles<S>(o) ? 128 : 64)) * static_cast<int64_t>(sizeof(double));
+}
+
+template <class S, int kTile>
+cudaError_t run_with(const core::Operands& o, void* sqnorm, double* partial, cudaStream_t stream) {
+  using M = Math<S, kTile>;
+  const int64_t tiles = tiles_of(o, kTile);
+  if (o.batch * tiles > 0) {
+    const Launch shape{grid_for(o.batch * tiles), kThreads, kSharedBytes<M, Adjacent::kInner>};
+    GHOSTGRAD_TRY(launch(gram_sqnorm_kernel<S, kTile>, shape, stream, o, tiles, partial));
   }
+  return launch_add_partials(partial, o.batch, partials_of(tiles), static_cast<typename M::Sum*>(sqnorm), stream);
 }
 
 template <class S>
 cudaError_t run(const core::Operands& o, void* sqnorm, void* workspace, cudaStream_t stream) {
-  const int64_t pairs = pairs_of(o);
   double* partial = static_cast<double*>(workspace);
-  if (o.batch * pairs > 0) {
-    GHOSTGRAD_TRY(
-        launch(gram_sqnorm_kernel<S>, Launch{grid_for(o.batch * pairs), kThreads}, stream, o, pairs, partial));
+  if constexpr (sizeof(typename Math<S, 128>::Element) == 2) {
+    if (large_tiles<S>(o)) return run_with<S, 128>(o, sqnorm, partial, stream);
   }
-  return launch_add_partials(partial, o.batch, pairs, static_cast<core::accumulation_t<S>*>(sqnorm), stream);
+  return run_with<S, 64>(o, sqnorm, partial, stream);
 }
 
 }  // namespace
 
 int64_t gram_sqnorm_workspace(const core::Operands& operands) {
-  return operands.batch * pairs_of(operands) * static_cast<int64_t>(sizeof(double));
+  GHOSTGRAD_FOR_MATH(operands, workspace_of, operands)
+  return 0;
 }
 
 cudaError_t launch_gram_sqnorm(const core::Operands& operands, void* sqnorm, void* workspace, cudaStream_t stream) {
-  GHOSTGRAD_FOR_DTYPE(operands.dtype, run, operands, sqnorm, workspace, stream)
+  GHOSTGRAD_FOR_MATH(operands, run, operands, sqnorm, workspace, stream)
   return cudaErrorInvalidValue;
 }
 
