@@ -1,12 +1,11 @@
-// What the kernels ask of the hardware beyond plain CUDA C++, all in one place: launches, asynchronous copies, matrix
-// fragments and tensor cores (sm_80), and the bulk copies, barriers and warp-group products of Hopper (sm_90a).
+// What the kernels ask of the hardware beyond plain CUDA C++: launches, asynchronous copies, matrix fragments and
+// tensor cores, all of which any GPU from sm_80 on has. hopper.cuh has what sm_90a adds.
 //
-// tests/kernels/emulation/cuda/primitives.cuh has the same declarations for the CPU, where the kernels' tests run. A
-// kernel that uses nothing but threadIdx, blockIdx, gridDim, __shared__, __syncthreads, shuffles and this header
-// runs there unchanged.
+// tests/kernels/emulation/cuda has headers of the same names and with the same declarations for the CPU, where the
+// kernels' tests run. A kernel that uses nothing but threadIdx, blockIdx, gridDim, __shared__, __syncthreads, shuffles
+// and these headers runs there unchanged.
 #pragma once
 
-#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
