@@ -46,7 +46,7 @@ def build() -> Path:
 
 def ctest_names() -> list[str]:
     """The tests that CMakeLists.txt adds."""
-    return ["dtype", "kernels", "plan", "reduce", "tiles", "emulated", pytest.param("launch", marks=needs_nvcc)]
+    return ["dtype", "kernels", "plan", "reduce", "tiles", "emulated", "emulated_sanitized", pytest.param("launch", marks=needs_nvcc)]
 
 
 @pytest.mark.parametrize("name", ctest_names())
