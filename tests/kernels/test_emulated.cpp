@@ -21,6 +21,7 @@
 #include "cuda/gram_sqnorm.h"
 #include "cuda/outer_sqnorm.h"
 #include "cuda/row_sqnorm.h"
+#include "cuda/wgrad_moments.h"
 #include "cuda/wgrad_sqnorm.h"
 
 using namespace ghostgrad;
@@ -78,6 +79,13 @@ class Random {
   std::mt19937_64 generator_;
 };
 
+// To eleven significant bits, to nearest, ties away from zero.
+static double rounded_to_tf32(double value) {
+  int exponent;
+  const double mantissa = std::frexp(value, &exponent);
+  return std::ldexp(std::round(std::ldexp(mantissa, 11)), exponent - 11);
+}
+
 // `count` elements from `offset` elements behind an address that is aligned to 16 bytes. NaN until they are set.
 template <class T>
 class Buffer {
@@ -95,9 +103,13 @@ class Buffer {
   const T& operator[](int64_t i) const { return data()[i]; }
   int64_t count() const { return count_; }
 
-  Buffer<double> widened() const {
+  // As float64, rounded to tf32 before if so wished.
+  Buffer<double> widened(bool tf32 = false) const {
     Buffer<double> result(count_);
-    for (int64_t i = 0; i < count_; ++i) result[i] = static_cast<double>(core::to_accumulation((*this)[i]));
+    for (int64_t i = 0; i < count_; ++i) {
+      const double value = static_cast<double>(core::to_accumulation((*this)[i]));
+      result[i] = tf32 ? rounded_to_tf32(value) : value;
+    }
     return result;
   }
 
@@ -225,11 +237,18 @@ static std::string text(const char* op, core::DType dtype, std::initializer_list
   return result;
 }
 
-// --- products: outer_sqnorm, gram_sqnorm, wgrad_sqnorm ---
+// --- products: outer_sqnorm, gram_sqnorm, wgrad_sqnorm, wgrad_moments ---
+
+// Half of those in float32 may be rounded to tf32. Then so are the operands of the truth.
+template <class S>
+static bool draw_tf32(Random& random) {
+  return std::is_same_v<S, float> && random.chance(2);
+}
 
 template <class S>
 struct Product {
   int64_t B, T, p, d;
+  bool tf32;
   Tensor<S> a, b;
   Buffer<double> wide_a, wide_b;
 
@@ -238,21 +257,23 @@ struct Product {
         T(T_),
         p(p_),
         d(d_),
+        tf32(draw_tf32<S>(random)),
         a(random, B, T, p),
         b(random, B, T, d),
-        wide_a(a.values.widened()),
-        wide_b(b.values.widened()) {}
+        wide_a(a.values.widened(tf32)),
+        wide_b(b.values.widened(tf32)) {}
 
   core::Operands operands() const { return with(a.values.data(), b.values.data(), kDType<S>); }
   core::Operands wide() const { return with(wide_a.data(), wide_b.data(), core::DType::kFloat64); }
   std::string name(const char* op) const {
-    return text(op, kDType<S>, {B, T, p, d, a.batch_stride, a.position_stride, b.batch_stride, b.position_stride});
+    return text(op, kDType<S>,
+                {B, T, p, d, a.batch_stride, a.position_stride, b.batch_stride, b.position_stride, tf32});
   }
 
  private:
   core::Operands with(const void* a_data, const void* b_data, core::DType dtype) const {
-    return core::Operands{a_data,         b_data,           dtype, B, T, p, d, a.batch_stride, a.position_stride,
-                          b.batch_stride, b.position_stride};
+    return core::Operands{
+        a_data, b_data, dtype, B, T, p, d, a.batch_stride, a.position_stride, b.batch_stride, b.position_stride, tf32};
   }
 };
 
@@ -338,6 +359,41 @@ static void test_wgrad_sqnorm(Random& random, int number) {
   });
 }
 
+template <class S>
+static void test_wgrad_moments(Random& random, int number) {
+  using A = core::accumulation_t<S>;
+  const Product<S> product = draw_product<S>(random, number);
+  Buffer<double> truth(product.B), true_wgrad(product.d * product.p), true_squares(product.d * product.p);
+  for (int64_t e = 0; e < true_wgrad.count(); ++e) true_wgrad[e] = true_squares[e] = 0;
+  for (int64_t i = 0; i < product.B; ++i) {
+    core::Operands sample = product.wide();
+    sample.a = static_cast<const double*>(sample.a) + i * sample.a_batch_stride;
+    sample.b = static_cast<const double*>(sample.b) + i * sample.b_batch_stride;
+    sample.batch = 1;
+    Buffer<double> gradient(true_wgrad.count());
+    cpu::wgrad_sqnorm(sample, nullptr, gradient.data(), truth.data() + i, cpu::serial(), cpu::capability());
+    for (int64_t e = 0; e < gradient.count(); ++e) {
+      true_wgrad[e] += gradient[e];
+      true_squares[e] += gradient[e] * gradient[e];
+    }
+  }
+  Expected expected;
+  expected.add_norms<S>(truth);
+  expected.add_wgrad<S>(true_wgrad);
+  expected.add_wgrad<A>(true_squares);
+  check(product.name("wgrad_moments"), expected, [&](std::vector<double>& results) {
+    const core::Operands o = product.operands();
+    Buffer<A> norms(o.batch), squares(o.out_features * o.in_features);
+    Buffer<S> wgrad(o.out_features * o.in_features);
+    const cudaError_t error = cuda::launch_wgrad_moments(o, wgrad.data(), squares.data(), norms.data(),
+                                                         Workspace(cuda::wgrad_moments_workspace(o)).data(), nullptr);
+    append(results, norms);
+    append(results, wgrad);
+    append(results, squares);
+    return error;
+  });
+}
+
 // An infinity in the corner of one sample, next to the padding: that sample's norm is infinite, not NaN, and no other
 // knows.
 template <class Launch>
@@ -348,6 +404,7 @@ static void test_infinity(const Launch& launch) {
   product.a.position_stride = 70;
   product.b.batch_stride = 5 * 66;
   product.b.position_stride = 66;
+  product.tf32 = false;
   product.a.values = Buffer<float>(random, 3 * 5 * 70);
   product.b.values = Buffer<float>(random, 3 * 5 * 66);
   for (int64_t i = 0; i < product.b.values.count(); ++i) {
@@ -399,17 +456,20 @@ static convolutions::Case draw_convolution(Random& random) {
 
 template <class S>
 struct Convolution {
+  bool tf32;
   core::Convolution o, wide;
   Buffer<S> x, b;
   Buffer<double> wide_x, wide_b;
 
   Convolution(Random& random, const convolutions::Case& c)
-      : o(convolutions::convolution(c, kDType<S>)),
+      : tf32(draw_tf32<S>(random)),
+        o(convolutions::convolution(c, kDType<S>)),
         wide(convolutions::convolution(c, core::DType::kFloat64)),
         x(random, convolutions::x_elements(o), draw_offset(random)),
         b(random, convolutions::b_elements(o), draw_offset(random)),
-        wide_x(x.widened()),
-        wide_b(b.widened()) {
+        wide_x(x.widened(tf32)),
+        wide_b(b.widened(tf32)) {
+    o.tf32 = tf32;
     o.x = x.data();
     o.b = b.data();
     wide.x = wide_x.data();
@@ -637,6 +697,7 @@ static const Op kOps[] = {
     {"gram_sqnorm", TESTS(gram_sqnorm), 20},
     {"outer_sqnorm", TESTS(outer_sqnorm), 20, test_infinity_outer_sqnorm},
     {"row_sqnorm", TESTS(row_sqnorm), 16},
+    {"wgrad_moments", TESTS(wgrad_moments), 20},
     {"wgrad_sqnorm", TESTS(wgrad_sqnorm), 24, test_infinity_wgrad_sqnorm},
 };
 

@@ -163,10 +163,10 @@ void test_copy_async() {
 __global__ void round_kernel(const float* from, uint32_t* to) { to[threadIdx.x] = cuda::to_tf32(from[threadIdx.x]); }
 
 void test_to_tf32() {
-  const float values[] = {0.0f,      -0.0f,      1.0f,           0x1.002p0f,     0x1.001p0f, -0x1.001p0f,
-                          0x1.003p0f, 0x1.000ffep0f, 0x1.fffffep0f, INFINITY, -INFINITY};
-  const float rounded[] = {0.0f,      -0.0f,  1.0f,  0x1.004p0f, 0x1.0p0f, -0x1.0p0f,
-                           0x1.004p0f, 0x1.0p0f, 2.0f, INFINITY, -INFINITY};
+  const float values[] = {0.0f,       -0.0f,         1.0f,          0x1.002p0f, 0x1.001p0f, -0x1.001p0f,
+                          0x1.003p0f, 0x1.000ffep0f, 0x1.fffffep0f, INFINITY,   -INFINITY};
+  const float rounded[] = {0.0f,       -0.0f,    1.0f, 0x1.004p0f, 0x1.0p0f, -0x1.0p0f,
+                           0x1.004p0f, 0x1.0p0f, 2.0f, INFINITY,   -INFINITY};
   Shared<float> from(32);
   Shared<uint32_t> to(32);
   for (size_t i = 0; i < 32; ++i) from[i] = values[i % std::size(values)];

@@ -16,7 +16,7 @@
 #define __shared__ static __attribute__((section("shared_memory")))
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __align__(bytes) alignas(bytes)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define __grid_constant__
 
 using cudaStream_t = void*;
