@@ -46,7 +46,9 @@ def build() -> Path:
 
 def ctest_names() -> list[str]:
     """The tests that CMakeLists.txt adds."""
-    return ["dtype", "kernels", "plan", "reduce", "tiles", "emulated", pytest.param("launch", marks=needs_nvcc)]
+    core = ["dtype", "kernels", "plan", "reduce", "tiles"]
+    emulated = ["emulated", "emulated_sanitized", "emulated_primitives", "emulated_primitives_sanitized"]
+    return [*core, *emulated, *[pytest.param(name, marks=needs_nvcc) for name in ("launch", "primitives")]]
 
 
 @pytest.mark.parametrize("name", ctest_names())
@@ -58,7 +60,7 @@ def test_cpp(build: Path, name: str) -> None:
 def test_every_cpp_test_is_listed(build: Path) -> None:
     listed = subprocess.run(["ctest", "--test-dir", str(build), "-N"], check=True, capture_output=True, text=True).stdout
     known = {name if isinstance(name, str) else name.values[0] for name in ctest_names()}
-    assert set(re.findall(r"Test +#\d+: (\w+)", listed)) == (known if shutil.which("nvcc") else known - {"launch"})
+    assert set(re.findall(r"Test +#\d+: (\w+)", listed)) == (known if shutil.which("nvcc") else known - {"launch", "primitives"})
 
 
 # --- ptxas ---

@@ -1,8 +1,14 @@
-// The CUDA kernels, run on the CPU by emulation/cuda_runtime_api.h, against the CPU kernels. In three orders of threads
-// and with fewer blocks than units: same bits.
+// The CUDA kernels, run on the CPU by emulation/, against the CPU kernels in float64: `test_emulated` tries every op,
+// `test_emulated outer_sqnorm` one.
+//
+// Shapes are drawn around the sizes of tiles, from a seed. Operands, results and workspaces are as long as they must be
+// and not an element longer, with NaN between rows and in everything that a kernel is to write. Each problem runs in
+// three orders of threads, one of them with fewer blocks than units, and must give the same bits.
 #include <cmath>
-#include <initializer_list>
+#include <cstring>
+#include <memory>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "../core/convolutions.h"
@@ -15,9 +21,12 @@
 #include "cuda/gram_sqnorm.h"
 #include "cuda/outer_sqnorm.h"
 #include "cuda/row_sqnorm.h"
+#include "cuda/wgrad_moments.h"
 #include "cuda/wgrad_sqnorm.h"
 
 using namespace ghostgrad;
+
+// --- operands and results ---
 
 template <class S>
 constexpr core::DType kDType = core::DType::kFloat32;
@@ -28,288 +37,680 @@ constexpr core::DType kDType<core::BFloat16> = core::DType::kBFloat16;
 template <>
 constexpr core::DType kDType<core::Float16> = core::DType::kFloat16;
 
+// Half the distance from 1 to the next larger number.
 template <class S>
-static std::vector<S> draw(int64_t count, unsigned seed) {
-  std::mt19937 generator(seed);
-  std::uniform_real_distribution<float> uniform(-1, 1);
-  std::vector<S> values(static_cast<size_t>(count) + 1);
-  for (S& value : values) value = core::from_accumulation<S>(static_cast<core::accumulation_t<S>>(uniform(generator)));
-  return values;
+constexpr double kRounding = 0x1p-24;
+template <>
+constexpr double kRounding<double> = 0x1p-53;
+template <>
+constexpr double kRounding<core::BFloat16> = 0x1p-8;
+template <>
+constexpr double kRounding<core::Float16> = 0x1p-11;
+
+// What sums of products may be off, relative to a norm or to the largest element of a matrix.
+template <class S>
+constexpr double kTolerance = sizeof(S) == 8 ? 1e-12 : 2e-5;
+
+class Random {
+ public:
+  explicit Random(unsigned seed) : generator_(seed) {}
+
+  int64_t below(int64_t limit) { return static_cast<int64_t>(generator_() % static_cast<uint64_t>(limit)); }
+  bool chance(int64_t of) { return below(of) == 0; }
+  template <class T, size_t kCount>
+  T of(const T (&choices)[kCount]) {
+    return choices[below(static_cast<int64_t>(kCount))];
+  }
+  // A size at or next to one that kernels are made for, and zero now and then.
+  int64_t size(int64_t limit) {
+    const int64_t near[] = {1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 2048};
+    if (chance(24)) return 0;
+    int64_t result = limit + 1;
+    while (result > limit || result == 0) result = of(near) + below(3) - 1;
+    return result;
+  }
+  template <class S>
+  S value() {
+    return core::from_accumulation<S>(
+        static_cast<core::accumulation_t<S>>(std::uniform_real_distribution<float>(-1, 1)(generator_)));
+  }
+
+ private:
+  std::mt19937_64 generator_;
+};
+
+// To eleven significant bits, to nearest, ties away from zero.
+static double rounded_to_tf32(double value) {
+  int exponent;
+  const double mantissa = std::frexp(value, &exponent);
+  return std::ldexp(std::round(std::ldexp(mantissa, 11)), exponent - 11);
 }
 
-// Device memory full of NaN, so that what is read before it is written shows.
-static std::vector<double> workspace(int64_t bytes) {
-  return std::vector<double>(static_cast<size_t>(bytes / 8 + 1), NAN);
+// `count` elements from `offset` elements behind an address that is aligned to 16 bytes. NaN until they are set.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count, int64_t offset = 0)
+      : count_(count), offset_(offset), memory_(new T[static_cast<size_t>(offset + count)]) {
+    std::memset(static_cast<void*>(memory_.get()), 0xff, static_cast<size_t>(offset + count) * sizeof(T));
+  }
+  Buffer(Random& random, int64_t count, int64_t offset = 0) : Buffer(count, offset) {
+    for (int64_t i = 0; i < count; ++i) (*this)[i] = random.value<T>();
+  }
+  T* data() { return memory_.get() + offset_; }
+  const T* data() const { return memory_.get() + offset_; }
+  T& operator[](int64_t i) { return data()[i]; }
+  const T& operator[](int64_t i) const { return data()[i]; }
+  int64_t count() const { return count_; }
+
+  // As float64, rounded to tf32 before if so wished.
+  Buffer<double> widened(bool tf32 = false) const {
+    Buffer<double> result(count_);
+    for (int64_t i = 0; i < count_; ++i) {
+      const double value = static_cast<double>(core::to_accumulation((*this)[i]));
+      result[i] = tf32 ? rounded_to_tf32(value) : value;
+    }
+    return result;
+  }
+
+ private:
+  int64_t count_, offset_;
+  std::unique_ptr<T[]> memory_;
+};
+
+// Device memory to work in: as many bytes as asked for, aligned to 8 and no more.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) : bytes_(bytes, 8) {}
+  void* data() { return bytes_.data(); }
+
+ private:
+  Buffer<unsigned char> bytes_;
+};
+
+// Where something starts, in elements: mostly where allocators put it, else anywhere.
+static int64_t draw_offset(Random& random) { return random.chance(3) ? random.below(9) : 0; }
+
+// Elements of a tensor of these sizes and strides.
+static int64_t extent(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+  int64_t last = 0;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] == 0) return 0;
+    last += (sizes[i] - 1) * strides[i];
+  }
+  return last + 1;
 }
+
+// (batch, positions, features), features adjacent, rows padded in one case of two, now and then expanded.
+template <class S>
+struct Tensor {
+  int64_t position_stride, batch_stride;
+  Buffer<S> values;
+
+  Tensor(Random& random, int64_t B, int64_t T, int64_t n)
+      : position_stride(random.chance(12) ? 0 : n + (random.chance(2) ? random.of({1, 2, 3, 4, 8, 16, 61}) : 0)),
+        batch_stride(random.chance(12) ? 0 : T * position_stride + (random.chance(3) ? random.of({1, 8, 13}) : 0)),
+        values(extent({B, T, n}, {batch_stride, position_stride, 1}), draw_offset(random)) {
+    for (int64_t i = 0; i < B; ++i) {
+      for (int64_t t = 0; t < T; ++t) {
+        for (int64_t j = 0; j < n; ++j) values[i * batch_stride + t * position_stride + j] = random.value<S>();
+      }
+    }
+  }
+};
+
+template <class T>
+static void append(std::vector<double>& to, const Buffer<T>& from) {
+  for (int64_t i = 0; i < from.count(); ++i) to.push_back(static_cast<double>(core::to_accumulation(from[i])));
+}
+
+// --- comparison ---
+
+struct Expected {
+  std::vector<double> value, tolerance;
+
+  template <class Tolerance>
+  void add(const Buffer<double>& values, const Tolerance& tolerance_of) {
+    for (int64_t i = 0; i < values.count(); ++i) {
+      value.push_back(values[i]);
+      tolerance.push_back(tolerance_of(values[i]));
+    }
+  }
+  // Squared norms of gradients of operands of type S.
+  template <class S>
+  void add_norms(const Buffer<double>& norms) {
+    add(norms, [](double norm) { return kTolerance<core::accumulation_t<S>> * norm; });
+  }
+  // A weight gradient, stored as S.
+  template <class S>
+  void add_wgrad(const Buffer<double>& wgrad) {
+    double largest = 0;
+    for (int64_t i = 0; i < wgrad.count(); ++i) largest = std::fmax(largest, std::fabs(wgrad[i]));
+    add(wgrad, [largest](double element) {
+      return kRounding<S> * std::fabs(element) + kTolerance<core::accumulation_t<S>> / 2 * largest;
+    });
+  }
+};
 
 struct Way {
   emulation::Order order;
   int64_t max_blocks;
 };
+#if defined(__SANITIZE_ADDRESS__)
+constexpr Way kWays[] = {
+    {emulation::Order::kShuffled, 3}};  // the sanitizers look at addresses, in a tenth of the speed
+#else
 constexpr Way kWays[] = {{emulation::Order::kForwards, INT64_MAX},
                          {emulation::Order::kBackwards, 2},
                          {emulation::Order::kShuffled, INT64_MAX}};
+#endif
 
-template <class S>
-struct Results {
-  std::vector<core::accumulation_t<S>> outer, gram, fused, row;
-  std::vector<S> wgrad;
+static int problems = 0;
 
-  explicit Results(int64_t B, int64_t elements)
-      : outer(static_cast<size_t>(B), NAN),
-        gram(outer),
-        fused(outer),
-        row(outer),
-        wgrad(static_cast<size_t>(elements)) {}
-
-  std::vector<double> all() const {
-    std::vector<double> values;
-    for (const auto* norms : {&outer, &gram, &fused, &row}) values.insert(values.end(), norms->begin(), norms->end());
-    for (const S& value : wgrad) values.push_back(core::to_accumulation(value));
-    return values;
-  }
-};
-
-template <class S>
-static void test(int64_t B, int64_t T, int64_t p, int64_t d, bool weighted) {
-  using A = core::accumulation_t<S>;
-  const int64_t pad = 3;
-  const std::vector<S> a = draw<S>(B * T * (p + pad), 1), b = draw<S>(B * T * (d + pad), 2);
-  const std::vector<A> weights = draw<A>(B, 3);
-  const A* c = weighted ? weights.data() : nullptr;
-  const core::Operands o{a.data(), b.data(), kDType<S>, B, T, p, d, T * (p + pad), p + pad, T * (d + pad), d + pad};
-  const core::Rows rows{a.data(), kDType<S>, B, T * p, T * (p + pad)};
-
-  Results<S> truth(B, d * p);
-  const cpu::Capability capability = cpu::capability();
-  cpu::outer_sqnorm(o, truth.outer.data(), cpu::serial(), capability);
-  cpu::gram_sqnorm(o, truth.gram.data(), cpu::serial(), capability);
-  cpu::wgrad_sqnorm(o, c, truth.wgrad.data(), truth.fused.data(), cpu::serial(), capability);
-  cpu::row_sqnorm(rows, truth.row.data(), cpu::serial(), capability);
-
+// run(results) launches what is tested and appends its results.
+template <class Run>
+static void check(const std::string& name, const Expected& expected, const Run& run) {
+  ++problems;
   std::vector<double> first;
   for (const Way& way : kWays) {
     emulation::order = way.order;
     emulation::max_blocks = way.max_blocks;
-    Results<S> got(B, d * p);
-    EXPECT(cuda::launch_outer_sqnorm(o, got.outer.data(), workspace(cuda::outer_sqnorm_workspace(o)).data(), nullptr) ==
-           cudaSuccess);
-    EXPECT(cuda::launch_gram_sqnorm(o, got.gram.data(), workspace(cuda::gram_sqnorm_workspace(o)).data(), nullptr) ==
-           cudaSuccess);
-    EXPECT(cuda::launch_wgrad_sqnorm(o, c, got.wgrad.data(), got.fused.data(),
-                                     workspace(cuda::wgrad_sqnorm_workspace(o)).data(), nullptr) == cudaSuccess);
-    EXPECT(cuda::launch_row_sqnorm(rows, got.row.data(), workspace(cuda::row_sqnorm_workspace(rows)).data(), nullptr) ==
-           cudaSuccess);
-    const std::vector<double> values = got.all(), truths = truth.all();
-    double scale = 1e-30;
-    for (size_t i = 4 * static_cast<size_t>(B); i < truths.size(); ++i) scale = std::fmax(scale, std::fabs(truths[i]));
-    for (size_t i = 0; i < values.size(); ++i) {
-      const bool norm = i < 4 * static_cast<size_t>(B);
-      const double tolerance = norm ? (sizeof(A) == 8 ? 1e-12 : 2e-5) * std::fabs(truths[i])
-                                    : (sizeof(S) == 8   ? 1e-13
-                                       : sizeof(S) == 4 ? 1e-5
-                                                        : 1e-2) *
-                                          scale;
-      EXPECT(std::fabs(values[i] - truths[i]) <= tolerance, "(%ld, %ld, %ld, %ld) element %zu: %g, not %g", B, T, p, d,
-             i, values[i], truths[i]);
-    }
-    if (first.empty()) first = values;
-    EXPECT(first == values, "(%ld, %ld, %ld, %ld): the order of threads or the number of blocks shows", B, T, p, d);
-    if (failures > 20) return;
-  }
-}
-
-// Tokens drawn from `vocabulary` of them, the first of which is negative; with one more, all are equal.
-template <class S, class Index>
-static void test_embedding(int64_t B, int64_t T, int64_t d, int64_t vocabulary) {
-  using A = core::accumulation_t<S>;
-  const int64_t pad = 3;
-  const std::vector<S> b = draw<S>(B * T * (d + pad), 1);
-  std::mt19937_64 generator(2);
-  std::vector<Index> index(static_cast<size_t>(B * T * 2 + 1));
-  for (Index& token : index) {
-    token = static_cast<Index>(static_cast<int64_t>(generator() % static_cast<uint64_t>(vocabulary)) - 1);
-    if (token > 0) token = static_cast<Index>(token * (sizeof(Index) == 8 ? 0x123456789abcd : 12345));
-    if (vocabulary == 1) token = 7;
-  }
-  const core::Picks picks{index.data(), sizeof(Index) == 8, b.data(), kDType<S>, B, T, d, 2 * T, 2, T * (d + pad),
-                          d + pad};
-  std::vector<A> truth(static_cast<size_t>(B), NAN), first;
-  cpu::embedding_sqnorm(picks, truth.data(), cpu::serial(), cpu::capability());
-  for (const Way& way : kWays) {
-    emulation::order = way.order;
-    emulation::max_blocks = way.max_blocks;
-    std::vector<A> got(static_cast<size_t>(B), NAN);
-    EXPECT(cuda::launch_embedding_sqnorm(picks, got.data(), workspace(cuda::embedding_sqnorm_workspace(picks)).data(),
-                                         nullptr) == cudaSuccess);
-    for (size_t i = 0; i < got.size(); ++i) {
-      EXPECT(std::fabs(got[i] - truth[i]) <= (sizeof(A) == 8 ? 1e-13 : 1e-6) * truth[i],
-             "embedding (%ld, %ld, %ld, %ld) sample %zu: %g, not %g", B, T, d, vocabulary, i,
-             static_cast<double>(got[i]), static_cast<double>(truth[i]));
+    std::vector<double> got;
+    EXPECT(run(got) == cudaSuccess, "%s", name.c_str());
+    EXPECT(got.size() == expected.value.size(), "%s: %zu results", name.c_str(), got.size());
+    const int before = failures;
+    for (size_t i = 0; i < expected.value.size() && failures < before + 3; ++i) {
+      EXPECT(std::fabs(got[i] - expected.value[i]) <= expected.tolerance[i], "%s, result %zu of %zu: %.9g, not %.9g",
+             name.c_str(), i, got.size(), got[i], expected.value[i]);
     }
     if (first.empty()) first = got;
-    EXPECT(first == got, "embedding (%ld, %ld, %ld): the order of threads or the number of blocks shows", B, T, d);
+    EXPECT(first.size() == got.size() &&
+               (got.empty() || std::memcmp(first.data(), got.data(), got.size() * sizeof(double)) == 0),
+           "%s: the order of threads or the number of blocks shows", name.c_str());
   }
 }
 
-static void test_embeddings() {
-  const int64_t shapes[][4] = {{0, 3, 4, 5},     {2, 0, 4, 5},    {2, 3, 0, 5},     {3, 1, 5, 2},
-                               {2, 63, 129, 10}, {2, 64, 128, 4}, {5, 65, 7, 1000}, {2, 300, 4, 1},
-                               {2, 700, 33, 6},  {1, 2048, 3, 9}, {2, 2049, 3, 900}};
-  for (const auto& shape : shapes) {
-    test_embedding<float, int64_t>(shape[0], shape[1], shape[2], shape[3]);
-    test_embedding<double, int32_t>(shape[0], shape[1], shape[2], shape[3]);
-  }
-  test_embedding<core::BFloat16, int32_t>(3, 50, 40, 20);
-  test_embedding<core::Float16, int64_t>(3, 50, 40, 20);
+static std::string text(const char* op, core::DType dtype, std::initializer_list<int64_t> sizes) {
+  const char* names[] = {"float32", "float64", "bfloat16", "float16"};
+  std::string result = std::string(op) + " " + names[static_cast<int>(dtype)];
+  for (int64_t size : sizes) result += " " + std::to_string(size);
+  return result;
 }
 
-// affine_sqnorm with everything it takes, and without x and totals.
+// --- products: outer_sqnorm, gram_sqnorm, wgrad_sqnorm, wgrad_moments ---
+
+// Half of those in float32 may be rounded to tf32. Then so are the operands of the truth.
 template <class S>
-static void test_affine(int64_t B, int64_t T, int64_t d, int64_t N, int64_t G) {
+static bool draw_tf32(Random& random) {
+  return std::is_same_v<S, float> && random.chance(2);
+}
+
+template <class S>
+struct Product {
+  int64_t B, T, p, d;
+  bool tf32;
+  Tensor<S> a, b;
+  Buffer<double> wide_a, wide_b;
+
+  Product(Random& random, int64_t B_, int64_t T_, int64_t p_, int64_t d_)
+      : B(B_),
+        T(T_),
+        p(p_),
+        d(d_),
+        tf32(draw_tf32<S>(random)),
+        a(random, B, T, p),
+        b(random, B, T, d),
+        wide_a(a.values.widened(tf32)),
+        wide_b(b.values.widened(tf32)) {}
+
+  core::Operands operands() const { return with(a.values.data(), b.values.data(), kDType<S>); }
+  core::Operands wide() const { return with(wide_a.data(), wide_b.data(), core::DType::kFloat64); }
+  std::string name(const char* op) const {
+    return text(op, kDType<S>,
+                {B, T, p, d, a.batch_stride, a.position_stride, b.batch_stride, b.position_stride, tf32});
+  }
+
+ private:
+  core::Operands with(const void* a_data, const void* b_data, core::DType dtype) const {
+    return core::Operands{
+        a_data, b_data, dtype, B, T, p, d, a.batch_stride, a.position_stride, b.batch_stride, b.position_stride, tf32};
+  }
+};
+
+struct Sizes {
+  int64_t B, T, p, d;
+};
+// Many samples, long sums and runs of samples first; then any.
+static Sizes draw_sizes(Random& random, int number) {
+  const Sizes always[] = {{70, 2, 3, 4}, {26, 40, 7, 70}, {1, 300, 3, 66}, {2, 130, 5, 9}, {2, 0, 4, 5}, {0, 3, 4, 5}};
+  if (number < 6) return always[number];
+  Sizes s{};
+  do {
+    s = {random.of<int64_t>({1, 1, 2, 3, 5, 33}), random.size(300), random.size(300), random.size(300)};
+  } while (s.B * s.T * s.p * s.d > 1500000 || (s.T == 0) + (s.p == 0) + (s.d == 0) > 1);
+  return s;
+}
+
+template <class S>
+static Product<S> draw_product(Random& random, int number) {
+  const Sizes s = draw_sizes(random, number);
+  return Product<S>(random, s.B, s.T, s.p, s.d);
+}
+
+template <class S>
+static void test_outer_sqnorm(Random& random, int number) {
   using A = core::accumulation_t<S>;
-  const bool last = N == 1;
-  const int64_t pad = 3, row = (last ? d : N) + pad, rows = last ? T : T * d;
-  const std::vector<S> b = draw<S>(B * rows * row, 1), x = draw<S>(B * rows * row, 2);
-  const std::vector<A> mean = draw<A>(B * T * G, 3), rstd = draw<A>(B * T * G, 4);
-  const int64_t before = last ? row : d * row, channel = last ? 1 : row;
-  for (bool scaled : {true, false}) {
-    const core::Affine affine{b.data(),    scaled,    x.data(),   scaled ? mean.data() : nullptr,
-                              rstd.data(), kDType<S>, B,          T,
-                              d,           N,         G,          rows * row,
-                              before,      channel,   rows * row, before,
-                              channel,     T * G,     G,          1,
-                              T * G,       G,         1};
-    const size_t channels = static_cast<size_t>(d), samples = static_cast<size_t>(B);
-    std::vector<A> first;
-    const auto results_in = [&](std::vector<A>& memory) {
-      memory.assign(2 * (channels + samples), A(0));
-      A* at = memory.data();
-      return core::AffineResults{scaled ? at : nullptr, at + channels, scaled ? at + channels + samples : nullptr,
-                                 at + 2 * channels + samples};
-    };
-    std::vector<A> truth;
-    cpu::affine_sqnorm(affine, results_in(truth), cpu::serial(), cpu::capability());
-    for (emulation::Order order :
-         {emulation::Order::kForwards, emulation::Order::kBackwards, emulation::Order::kShuffled}) {
-      emulation::order = order;
-      emulation::max_blocks = order == emulation::Order::kBackwards ? 2 : INT64_MAX;
-      std::vector<A> got;
-      const core::AffineResults results = results_in(got);
-      EXPECT(cuda::launch_affine_sqnorm(affine, results, workspace(cuda::affine_sqnorm_workspace(affine)).data(),
-                                        nullptr) == cudaSuccess);
-      const double tolerance = (sizeof(A) == 8 ? 1e-13 : 1e-5) * static_cast<double>(T * N);
-      for (size_t e = 0; e < got.size(); ++e) {
-        EXPECT(std::fabs(static_cast<double>(got[e] - truth[e])) <=
-                   tolerance * (1 + std::fabs(static_cast<double>(truth[e]))),
-               "affine (%ld, %ld, %ld, %ld, %ld) element %zu: %g, not %g", B, T, d, N, G, e,
-               static_cast<double>(got[e]), static_cast<double>(truth[e]));
-      }
-      if (first.empty()) first = got;
-      EXPECT(first == got, "affine (%ld, %ld, %ld, %ld, %ld): the order of threads or the number of blocks shows", B, T,
-             d, N, G);
+  const Product<S> product = draw_product<S>(random, number);
+  Buffer<double> truth(product.B);
+  cpu::outer_sqnorm(product.wide(), truth.data(), cpu::serial(), cpu::capability());
+  Expected expected;
+  expected.add_norms<S>(truth);
+  check(product.name("outer_sqnorm"), expected, [&](std::vector<double>& results) {
+    const core::Operands o = product.operands();
+    Buffer<A> norms(o.batch);
+    const cudaError_t error =
+        cuda::launch_outer_sqnorm(o, norms.data(), Workspace(cuda::outer_sqnorm_workspace(o)).data(), nullptr);
+    append(results, norms);
+    return error;
+  });
+}
+
+template <class S>
+static void test_gram_sqnorm(Random& random, int number) {
+  using A = core::accumulation_t<S>;
+  const Product<S> product = draw_product<S>(random, number);
+  Buffer<double> truth(product.B);
+  cpu::outer_sqnorm(product.wide(), truth.data(), cpu::serial(), cpu::capability());  // another formula
+  Expected expected;
+  expected.add_norms<S>(truth);
+  check(product.name("gram_sqnorm"), expected, [&](std::vector<double>& results) {
+    const core::Operands o = product.operands();
+    Buffer<A> norms(o.batch);
+    const cudaError_t error =
+        cuda::launch_gram_sqnorm(o, norms.data(), Workspace(cuda::gram_sqnorm_workspace(o)).data(), nullptr);
+    append(results, norms);
+    return error;
+  });
+}
+
+template <class S>
+static void test_wgrad_sqnorm(Random& random, int number) {
+  using A = core::accumulation_t<S>;
+  const Product<S> product = draw_product<S>(random, number);
+  const bool weighted = random.chance(2);
+  const Buffer<A> weights(random, weighted ? product.B : 0);
+  const Buffer<double> wide_weights = weights.widened();
+  Buffer<double> truth(product.B), true_wgrad(product.d * product.p);
+  cpu::wgrad_sqnorm(product.wide(), weighted ? wide_weights.data() : nullptr, true_wgrad.data(), truth.data(),
+                    cpu::serial(), cpu::capability());
+  Expected expected;
+  expected.add_norms<S>(truth);
+  expected.add_wgrad<S>(true_wgrad);
+  check(product.name(weighted ? "wgrad_sqnorm weighted" : "wgrad_sqnorm"), expected, [&](std::vector<double>& results) {
+    const core::Operands o = product.operands();
+    Buffer<A> norms(o.batch);
+    Buffer<S> wgrad(o.out_features * o.in_features);
+    const cudaError_t error =
+        cuda::launch_wgrad_sqnorm(o, weighted ? weights.data() : nullptr, wgrad.data(), norms.data(),
+                                  Workspace(cuda::wgrad_sqnorm_workspace(o)).data(), nullptr);
+    append(results, norms);
+    append(results, wgrad);
+    return error;
+  });
+}
+
+template <class S>
+static void test_wgrad_moments(Random& random, int number) {
+  using A = core::accumulation_t<S>;
+  const Product<S> product = draw_product<S>(random, number);
+  Buffer<double> truth(product.B), true_wgrad(product.d * product.p), true_squares(product.d * product.p);
+  for (int64_t e = 0; e < true_wgrad.count(); ++e) true_wgrad[e] = true_squares[e] = 0;
+  for (int64_t i = 0; i < product.B; ++i) {
+    core::Operands sample = product.wide();
+    sample.a = static_cast<const double*>(sample.a) + i * sample.a_batch_stride;
+    sample.b = static_cast<const double*>(sample.b) + i * sample.b_batch_stride;
+    sample.batch = 1;
+    Buffer<double> gradient(true_wgrad.count());
+    cpu::wgrad_sqnorm(sample, nullptr, gradient.data(), truth.data() + i, cpu::serial(), cpu::capability());
+    for (int64_t e = 0; e < gradient.count(); ++e) {
+      true_wgrad[e] += gradient[e];
+      true_squares[e] += gradient[e] * gradient[e];
     }
   }
+  Expected expected;
+  expected.add_norms<S>(truth);
+  expected.add_wgrad<S>(true_wgrad);
+  expected.add_wgrad<A>(true_squares);
+  check(product.name("wgrad_moments"), expected, [&](std::vector<double>& results) {
+    const core::Operands o = product.operands();
+    Buffer<A> norms(o.batch), squares(o.out_features * o.in_features);
+    Buffer<S> wgrad(o.out_features * o.in_features);
+    const cudaError_t error = cuda::launch_wgrad_moments(o, wgrad.data(), squares.data(), norms.data(),
+                                                         Workspace(cuda::wgrad_moments_workspace(o)).data(), nullptr);
+    append(results, norms);
+    append(results, wgrad);
+    append(results, squares);
+    return error;
+  });
 }
 
 // An infinity in the corner of one sample, next to the padding: that sample's norm is infinite, not NaN, and no other
 // knows.
-static void test_infinity() {
-  const int64_t B = 3, T = 5, p = 70, d = 66;
-  std::vector<float> a = draw<float>(B * T * p, 1), b = draw<float>(B * T * d, 2);
-  for (float& value : b) value = std::fabs(value) + 0.5f;  // inf * b is inf
-  a[static_cast<size_t>(2 * T * p - 1)] = INFINITY;        // the last feature of the last position of sample 1
-  const core::Operands o{a.data(), b.data(), core::DType::kFloat32, B, T, p, d, T * p, p, T * d, d};
-  std::vector<float> outer(3), fused(3), wgrad(static_cast<size_t>(d * p));
-  EXPECT(cuda::launch_outer_sqnorm(o, outer.data(), workspace(cuda::outer_sqnorm_workspace(o)).data(), nullptr) ==
-         cudaSuccess);
-  EXPECT(cuda::launch_wgrad_sqnorm(o, nullptr, wgrad.data(), fused.data(),
-                                   workspace(cuda::wgrad_sqnorm_workspace(o)).data(), nullptr) == cudaSuccess);
-  for (const std::vector<float>& norms : {outer, fused}) {
-    EXPECT(std::isinf(norms[1]), "%g", norms[1]);
-    EXPECT(std::isfinite(norms[0]) && std::isfinite(norms[2]));
+template <class Launch>
+static void test_infinity(const Launch& launch) {
+  Random random(1);
+  Product<float> product(random, 3, 5, 70, 66);
+  product.a.batch_stride = 5 * 70;
+  product.a.position_stride = 70;
+  product.b.batch_stride = 5 * 66;
+  product.b.position_stride = 66;
+  product.tf32 = false;
+  product.a.values = Buffer<float>(random, 3 * 5 * 70);
+  product.b.values = Buffer<float>(random, 3 * 5 * 66);
+  for (int64_t i = 0; i < product.b.values.count(); ++i) {
+    product.b.values[i] = std::fabs(product.b.values[i]) + 0.5f;  // inf * b is inf
   }
+  product.a.values[2 * 5 * 70 - 1] = INFINITY;  // the last feature of the last position of sample 1
+  Buffer<float> norms(3);
+  EXPECT(launch(product.operands(), norms.data()) == cudaSuccess);
+  EXPECT(std::isinf(norms[1]), "%g", norms[1]);
+  EXPECT(std::isfinite(norms[0]) && std::isfinite(norms[2]));
+}
+
+static void test_infinity_outer_sqnorm() {
+  test_infinity([](const core::Operands& o, float* norms) {
+    return cuda::launch_outer_sqnorm(o, norms, Workspace(cuda::outer_sqnorm_workspace(o)).data(), nullptr);
+  });
+}
+
+static void test_infinity_wgrad_sqnorm() {
+  test_infinity([](const core::Operands& o, float* norms) {
+    Buffer<float> wgrad(o.out_features * o.in_features);
+    return cuda::launch_wgrad_sqnorm(o, nullptr, wgrad.data(), norms, Workspace(cuda::wgrad_sqnorm_workspace(o)).data(),
+                                     nullptr);
+  });
+}
+
+// --- convolutions ---
+
+static convolutions::Case draw_convolution(Random& random) {
+  convolutions::Case c{};
+  c.batch = random.of<int64_t>({1, 2, 3, 5});
+  c.runs = random.chance(5) ? 2 : 1;
+  c.group_channels = random.of<int64_t>({1, 2, 3, 8, 15, 16, 17, 32});
+  c.group_outputs = random.of<int64_t>({1, 3, 8, 16, 17, 33, 64, 65});
+  c.groups = random.chance(3) ? 1 + random.below(4) : 1;
+  c.channels_last = random.chance(2);
+  const int first = random.chance(6) ? 0 : random.chance(4) ? 2 : 1;  // 3, 1 or 2 spatial dimensions
+  for (int i = 0; i < 3; ++i) {
+    c.size[i] = c.kernel[i] = c.stride[i] = c.dilation[i] = 1;
+    if (i < first) continue;
+    c.kernel[i] = 1 + random.below(3);
+    c.stride[i] = 1 + random.below(2);
+    c.padding[i] = random.below(3);
+    c.dilation[i] = 1 + random.below(2);
+    c.size[i] = c.dilation[i] * (c.kernel[i] - 1) + 1 + random.below(first == 2 ? 70 : 8);
+  }
+  return c;
 }
 
 template <class S>
-static void test_convolution(const convolutions::Case& c) {
-  using A = core::accumulation_t<S>;
-  core::Convolution o = convolutions::convolution(c, kDType<S>);
-  const std::vector<S> x = draw<S>(convolutions::x_elements(o), 1), b = draw<S>(convolutions::b_elements(o), 2);
-  o.x = x.data();
-  o.b = b.data();
-  const size_t B = static_cast<size_t>(o.batch), elements = static_cast<size_t>(o.elements());
-  std::vector<A> truth(B, NAN);
-  std::vector<S> truth_wgrad(elements);
-  cpu::conv_wgrad_sqnorm(o, truth_wgrad.data(), truth.data(), cpu::serial(), cpu::capability());
-  double scale = 1e-30;
-  for (const S& value : truth_wgrad) scale = std::fmax(scale, std::fabs(core::to_accumulation(value)));
+struct Convolution {
+  bool tf32;
+  core::Convolution o, wide;
+  Buffer<S> x, b;
+  Buffer<double> wide_x, wide_b;
 
-  const int number = static_cast<int>(&c - convolutions::kCases);
-  std::vector<double> first;
-  for (const emulation::Order order :
-       {emulation::Order::kForwards, emulation::Order::kBackwards, emulation::Order::kShuffled}) {
-    emulation::order = order;
-    emulation::max_blocks = order == emulation::Order::kBackwards ? 2 : INT64_MAX;
-    std::vector<A> norms(B, NAN), fused(B, NAN);
-    std::vector<S> wgrad(elements);
-    EXPECT(cuda::launch_conv_sqnorm(o, norms.data(), workspace(cuda::conv_sqnorm_workspace(o)).data(), nullptr) ==
-           cudaSuccess);
-    EXPECT(cuda::launch_conv_wgrad_sqnorm(o, wgrad.data(), fused.data(),
-                                          workspace(cuda::conv_wgrad_sqnorm_workspace(o)).data(),
-                                          nullptr) == cudaSuccess);
-    std::vector<double> values;
-    for (size_t i = 0; i < B; ++i) {
-      for (const A value : {norms[i], fused[i]}) {
-        EXPECT(std::fabs(value - truth[i]) <= (sizeof(A) == 8 ? 1e-12 : 2e-5) * std::fabs(truth[i]),
-               "convolution %d, sample %zu: %g, not %g", number, i, double(value), double(truth[i]));
-        values.push_back(value);
-      }
-    }
-    for (size_t e = 0; e < elements; ++e) {
-      const double value = core::to_accumulation(wgrad[e]), true_value = core::to_accumulation(truth_wgrad[e]);
-      EXPECT(std::fabs(value - true_value) <= (sizeof(S) == 8   ? 1e-13
-                                               : sizeof(S) == 4 ? 1e-5
-                                                                : 1e-2) *
-                                                  scale,
-             "convolution %d, element %zu: %g, not %g", number, e, value, true_value);
-      values.push_back(value);
-    }
-    if (first.empty()) first = values;
-    EXPECT(first == values, "convolution %d: the order of threads or the number of blocks shows", number);
-    if (failures > 20) return;
+  Convolution(Random& random, const convolutions::Case& c)
+      : tf32(draw_tf32<S>(random)),
+        o(convolutions::convolution(c, kDType<S>)),
+        wide(convolutions::convolution(c, core::DType::kFloat64)),
+        x(random, convolutions::x_elements(o), draw_offset(random)),
+        b(random, convolutions::b_elements(o), draw_offset(random)),
+        wide_x(x.widened(tf32)),
+        wide_b(b.widened(tf32)) {
+    o.tf32 = tf32;
+    o.x = x.data();
+    o.b = b.data();
+    wide.x = wide_x.data();
+    wide.b = wide_b.data();
   }
+  std::string name(const char* op) const {
+    return text(op, kDType<S>,
+                {o.batch, o.runs, o.channels, o.out_channels, o.groups, o.out[0], o.out[1], o.out[2], o.kernel[0],
+                 o.kernel[1], o.kernel[2], o.x_strides[2]});
+  }
+};
+
+template <class S>
+static Convolution<S> draw_convolution(Random& random, int number) {
+  const int kept = static_cast<int>(std::size(convolutions::kCases));
+  const bool table = number < kept && convolutions::kCases[number].batch < 100;  // the emulation is slow
+  return Convolution<S>(random, table ? convolutions::kCases[number] : draw_convolution(random));
 }
 
-int main() {
-  for (const convolutions::Case& c : convolutions::kCases) {
-    if (c.batch > 100) continue;  // the emulation is slow
-    test_convolution<float>(c);
-    test_convolution<double>(c);
+template <class S>
+static void test_conv_sqnorm(Random& random, int number) {
+  using A = core::accumulation_t<S>;
+  const Convolution<S> convolution = draw_convolution<S>(random, number);
+  const core::Convolution& o = convolution.o;
+  Buffer<double> truth(o.batch);
+  cpu::conv_outer_sqnorm(convolution.wide, truth.data(), cpu::serial(), cpu::capability());
+  Expected expected;
+  expected.add_norms<S>(truth);
+  check(convolution.name("conv_sqnorm"), expected, [&](std::vector<double>& results) {
+    Buffer<A> norms(o.batch);
+    const cudaError_t error =
+        cuda::launch_conv_sqnorm(o, norms.data(), Workspace(cuda::conv_sqnorm_workspace(o)).data(), nullptr);
+    append(results, norms);
+    return error;
+  });
+}
+
+template <class S>
+static void test_conv_wgrad_sqnorm(Random& random, int number) {
+  using A = core::accumulation_t<S>;
+  const Convolution<S> convolution = draw_convolution<S>(random, number);
+  const core::Convolution& o = convolution.o;
+  Buffer<double> truth(o.batch), true_wgrad(o.elements());
+  cpu::conv_wgrad_sqnorm(convolution.wide, true_wgrad.data(), truth.data(), cpu::serial(), cpu::capability());
+  Expected expected;
+  expected.add_norms<S>(truth);
+  expected.add_wgrad<S>(true_wgrad);
+  check(convolution.name("conv_wgrad_sqnorm"), expected, [&](std::vector<double>& results) {
+    Buffer<A> norms(o.batch);
+    Buffer<S> wgrad(o.elements());
+    const cudaError_t error = cuda::launch_conv_wgrad_sqnorm(
+        o, wgrad.data(), norms.data(), Workspace(cuda::conv_wgrad_sqnorm_workspace(o)).data(), nullptr);
+    append(results, norms);
+    append(results, wgrad);
+    return error;
+  });
+}
+
+// --- row_sqnorm, embedding_sqnorm, affine_sqnorm ---
+
+template <class S>
+static void test_row_sqnorm(Random& random, int number) {
+  using A = core::accumulation_t<S>;
+  const int64_t B = number == 0 ? 600 : random.size(70), N = number < 2 ? 9000 * number + 3 : random.size(3000);
+  const Tensor<S> x(random, B, 1, N);
+  const Buffer<double> wide = x.values.widened();
+  const core::Rows o{x.values.data(), kDType<S>, B, N, x.batch_stride};
+  const core::Rows wide_rows{wide.data(), core::DType::kFloat64, B, N, x.batch_stride};
+  Buffer<double> truth(B);
+  cpu::row_sqnorm(wide_rows, truth.data(), cpu::serial(), cpu::capability());
+  Expected expected;
+  expected.add(truth, [](double norm) { return (sizeof(A) == 8 ? 1e-14 : 1e-6) * norm; });
+  check(text("row_sqnorm", kDType<S>, {B, N, x.batch_stride}), expected, [&](std::vector<double>& results) {
+    Buffer<A> norms(B);
+    const cudaError_t error =
+        cuda::launch_row_sqnorm(o, norms.data(), Workspace(cuda::row_sqnorm_workspace(o)).data(), nullptr);
+    append(results, norms);
+    return error;
+  });
+}
+
+template <class S, class Index>
+static void test_embedding(Random& random, int number) {
+  using A = core::accumulation_t<S>;
+  struct Case {
+    int64_t B, T, d, vocabulary;
+  };
+  const Case always[] = {{2, 0, 4, 5}, {2, 300, 4, 1}, {2, 700, 33, 6}, {1, 2048, 3, 9}, {2, 2049, 3, 900}};
+  const Case c = number < 5 ? always[number]
+                            : Case{random.size(9), random.size(300), random.size(260), random.of<int64_t>({1, 4, 300})};
+  const Tensor<S> b(random, c.B, c.T, c.d);
+  const Buffer<double> wide = b.values.widened();
+  Buffer<Index> index(extent({c.B, c.T}, {2 * c.T + 1, 2}), draw_offset(random));
+  for (int64_t i = 0; i < c.B; ++i) {
+    for (int64_t t = 0; t < c.T; ++t) {  // negative ones belong to no row
+      const int64_t token = random.below(c.vocabulary + 1) - (c.vocabulary > 1);
+      index[i * (2 * c.T + 1) + 2 * t] = static_cast<Index>(token * (sizeof(Index) == 8 ? 0x123456789abcd : 12345));
+    }
   }
-  test_convolution<core::BFloat16>(convolutions::kCases[6]);
-  test_convolution<core::Float16>(convolutions::kCases[10]);
-  test_infinity();
-  test_embeddings();
-  const int64_t shapes[][4] = {{0, 3, 4, 5},    {2, 0, 4, 5},    {2, 3, 0, 5},    {2, 3, 4, 0},
-                               {1, 1, 1, 1},    {2, 17, 65, 70}, {1, 64, 64, 64}, {2, 130, 5, 9},
-                               {1, 300, 3, 66}, {70, 2, 3, 4},   {26, 40, 7, 70}};
-  for (const auto& shape : shapes) {
-    test<float>(shape[0], shape[1], shape[2], shape[3], true);
-    test<double>(shape[0], shape[1], shape[2], shape[3], false);
+  const auto picks = [&](const void* values, core::DType dtype) {
+    return core::Picks{index.data(),   sizeof(Index) == 8, values, dtype, c.B, c.T, c.d, 2 * c.T + 1, 2,
+                       b.batch_stride, b.position_stride};
+  };
+  Buffer<double> truth(c.B);
+  cpu::embedding_sqnorm(picks(wide.data(), core::DType::kFloat64), truth.data(), cpu::serial(), cpu::capability());
+  Expected expected;
+  expected.add_norms<S>(truth);
+  check(text("embedding_sqnorm", kDType<S>, {c.B, c.T, c.d, c.vocabulary}), expected,
+        [&](std::vector<double>& results) {
+          const core::Picks o = picks(b.values.data(), kDType<S>);
+          Buffer<A> norms(c.B);
+          const cudaError_t error = cuda::launch_embedding_sqnorm(
+              o, norms.data(), Workspace(cuda::embedding_sqnorm_workspace(o)).data(), nullptr);
+          append(results, norms);
+          return error;
+        });
+}
+
+template <class S>
+static void test_embedding_sqnorm(Random& random, int number) {
+  number % 2 == 0 ? test_embedding<S, int64_t>(random, number) : test_embedding<S, int32_t>(random, number);
+}
+
+// Channels last if `after` is 1, else channels first; with and without scale, statistics and totals.
+template <class S>
+static void test_affine_sqnorm(Random& random, int number) {
+  using A = core::accumulation_t<S>;
+  struct Case {
+    int64_t B, before, d, after, groups;
+  };
+  const Case always[] = {{2, 1030, 3, 1, 1}, {70, 2, 12, 1, 3}, {3, 2, 40, 35, 4}, {1, 1, 2, 2100, 2}, {0, 3, 4, 1, 2}};
+  Case c = number < 5 ? always[number] : Case{random.size(9), random.size(70), random.size(130), 1, 1};
+  if (number >= 5 && random.chance(2)) {
+    c.before = 1 + random.below(3);
+    c.after = random.size(130);
   }
-  test<core::BFloat16>(3, 20, 33, 66, true);
-  test<core::Float16>(3, 20, 33, 66, false);
-  test<float>(2, 1, 9000, 1, true);  // more than one piece of a row
-  test<float>(9, 1, 9, 1, true);     // more rows than blocks, in one of the three ways
-  const int64_t affine_shapes[][5] = {{0, 3, 4, 1, 2},   {2, 0, 4, 1, 2},   {2, 3, 0, 1, 1},   {2, 1, 4, 0, 2},
-                                      {1, 1, 1, 1, 1},   {3, 1, 33, 1, 1},  {2, 20, 66, 1, 6}, {2, 1030, 3, 1, 1},
-                                      {70, 2, 12, 1, 3}, {3, 2, 40, 35, 4}, {1, 1, 2, 2100, 2}};
-  for (const auto& shape : affine_shapes) {
-    test_affine<float>(shape[0], shape[1], shape[2], shape[3], shape[4]);
-    test_affine<double>(shape[0], shape[1], shape[2], shape[3], shape[4]);
+  if (number >= 5 && c.d > 0) {
+    do c.groups = 1 + random.below(c.d);
+    while (c.d % c.groups != 0);
   }
-  test_affine<core::BFloat16>(3, 20, 33, 1, 1);
-  test_affine<core::Float16>(3, 1, 33, 20, 3);
-  return failures;
+  const bool last = c.after == 1, scaled = !random.chance(3), totals = !random.chance(4);
+  const int64_t rows = last ? c.before : c.before * c.d, length = last ? c.d : c.after;
+  const Tensor<S> b(random, c.B, rows, length), x(random, scaled ? c.B : 0, rows, length);
+  const bool has_mean = scaled && random.chance(2), has_rstd = scaled && random.chance(2);
+  const int64_t statistics = c.before * c.groups;
+  const Buffer<A> mean(random, has_mean ? c.B * statistics : 0), rstd(random, has_rstd ? c.B * statistics : 0);
+  const Buffer<double> wide_b = b.values.widened(), wide_x = x.values.widened(), wide_mean = mean.widened(),
+                       wide_rstd = rstd.widened();
+  const auto affine = [&](const void* b_data, const void* x_data, const void* mean_data, const void* rstd_data,
+                          core::DType dtype) {
+    core::Affine o{};
+    o.b = b_data;
+    o.scaled = scaled;
+    o.x = x_data;
+    o.mean = has_mean ? mean_data : nullptr;
+    o.rstd = has_rstd ? rstd_data : nullptr;
+    o.dtype = dtype;
+    o.batch = c.B;
+    o.before = c.before;
+    o.channels = c.d;
+    o.after = c.after;
+    o.groups = c.groups;
+    o.b_batch_stride = b.batch_stride;
+    o.b_before_stride = last ? b.position_stride : c.d * b.position_stride;
+    o.b_channel_stride = last ? 1 : b.position_stride;
+    o.x_batch_stride = x.batch_stride;
+    o.x_before_stride = last ? x.position_stride : c.d * x.position_stride;
+    o.x_channel_stride = last ? 1 : x.position_stride;
+    o.mean_batch_stride = o.rstd_batch_stride = statistics;
+    o.mean_before_stride = o.rstd_before_stride = c.groups;
+    o.mean_group_stride = o.rstd_group_stride = 1;
+    return o;
+  };
+
+  // Terms are at most 2 in magnitude.
+  const double elements = static_cast<double>(c.before * c.after), channels = static_cast<double>(c.d);
+  const double of_sample = 2 * elements * (sizeof(A) == 8 ? 1e-15 : 1e-6);
+  const double of_total = of_sample * static_cast<double>(c.B);
+  Buffer<double> true_scale(c.d), true_scale_sqnorm(c.B), true_shift(c.d), true_shift_sqnorm(c.B);
+  cpu::affine_sqnorm(
+      affine(wide_b.data(), wide_x.data(), wide_mean.data(), wide_rstd.data(), core::DType::kFloat64),
+      core::AffineResults{true_scale.data(), true_scale_sqnorm.data(), true_shift.data(), true_shift_sqnorm.data()},
+      cpu::serial(), cpu::capability());
+  const auto total_tolerance = [&](double value) { return of_total + kRounding<A> * std::fabs(value); };
+  const auto norm_tolerance = [&](double norm) {
+    return 2 * std::sqrt(norm * channels) * of_sample + channels * of_sample * of_sample + 1e-7 * norm;
+  };
+  Expected expected;
+  if (scaled) expected.add(true_scale_sqnorm, norm_tolerance);
+  expected.add(true_shift_sqnorm, norm_tolerance);
+  if (totals && scaled) expected.add(true_scale, total_tolerance);
+  if (totals) expected.add(true_shift, total_tolerance);
+
+  const std::string name = text("affine_sqnorm", kDType<S>, {c.B, c.before, c.d, c.after, c.groups, scaled, totals});
+  check(name, expected, [&](std::vector<double>& results) {
+    const core::Affine o = affine(b.values.data(), x.values.data(), mean.data(), rstd.data(), kDType<S>);
+    Buffer<A> scale(c.d), scale_sqnorm(c.B), shift(c.d), shift_sqnorm(c.B);
+    const core::AffineResults to{totals && scaled ? scale.data() : nullptr, scaled ? scale_sqnorm.data() : nullptr,
+                                 totals ? shift.data() : nullptr, shift_sqnorm.data()};
+    const cudaError_t error =
+        cuda::launch_affine_sqnorm(o, to, Workspace(cuda::affine_sqnorm_workspace(o)).data(), nullptr);
+    if (scaled) append(results, scale_sqnorm);
+    append(results, shift_sqnorm);
+    if (totals && scaled) append(results, scale);
+    if (totals) append(results, shift);
+    return error;
+  });
+}
+
+// --- all of them ---
+
+struct Op {
+  const char* name;
+  void (*tests[4])(Random& random, int number);  // one for each dtype
+  int shapes;                                    // of each dtype
+  void (*more)() = nullptr;
+};
+
+#define TESTS(OP) {test_##OP<float>, test_##OP<double>, test_##OP<core::BFloat16>, test_##OP<core::Float16>}
+static const Op kOps[] = {
+    {"affine_sqnorm", TESTS(affine_sqnorm), 20},
+    {"conv_sqnorm", TESTS(conv_sqnorm), 22},
+    {"conv_wgrad_sqnorm", TESTS(conv_wgrad_sqnorm), 22},
+    {"embedding_sqnorm", TESTS(embedding_sqnorm), 16},
+    {"gram_sqnorm", TESTS(gram_sqnorm), 20},
+    {"outer_sqnorm", TESTS(outer_sqnorm), 20, test_infinity_outer_sqnorm},
+    {"row_sqnorm", TESTS(row_sqnorm), 16},
+    {"wgrad_moments", TESTS(wgrad_moments), 20},
+    {"wgrad_sqnorm", TESTS(wgrad_sqnorm), 24, test_infinity_wgrad_sqnorm},
+};
+
+int main(int count, char** arguments) {
+  for (const Op& op : kOps) {
+    if (count > 1 && std::strcmp(arguments[1], op.name) != 0) continue;
+    for (int dtype = 0; dtype < 4; ++dtype) {
+      Random random(static_cast<unsigned>(dtype));
+      for (int number = 0; number < op.shapes && failures < 20; ++number) op.tests[dtype](random, number);
+    }
+    if (op.more != nullptr) op.more();
+  }
+  EXPECT(problems > 0, "no such op");
+  std::printf("%d problems, %d failures\n", problems, failures);
+  return failures != 0;
 }

@@ -16,11 +16,16 @@
 #define __shared__ static __attribute__((section("shared_memory")))
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __align__(bytes) alignas(bytes)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define __grid_constant__
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+inline cudaError_t cudaMallocManaged(void** memory, size_t bytes) { return *memory = std::malloc(bytes), cudaSuccess; }
+inline cudaError_t cudaFree(void* memory) { return std::free(memory), cudaSuccess; }
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 
 #define threadIdx (::emulation::thread_index)
 #define blockIdx (::emulation::block_index)
