@@ -13,12 +13,10 @@
 namespace ghostgrad::cuda {
 namespace {
 
-constexpr int64_t kUnits = 160;  // as in wgrad.cuh
-
 struct ConvTiling {
   int64_t row_tiles, column_tiles, tiles, run_length, runs;
 
-  __device__ __forceinline__ int64_t units() const { return tiles * runs; }
+  GHOSTGRAD_HD int64_t units() const { return tiles * runs; }
 };
 
 template <class Math>

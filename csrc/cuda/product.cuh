@@ -54,6 +54,7 @@ struct Fused {
   static constexpr int kPatchRows = kRows / 16, kPatchColumns = kColumns / 16, kSums = kPatchRows * kPatchColumns;
   static constexpr int kRun = 256;  // inner positions added before the sum moves on
   static constexpr int kPad = 16 / sizeof(A);
+  static constexpr int kBlockThreads = kThreads;
   static constexpr bool kCompensated = sizeof(A) == 4;
   static_assert(kPatchRows % 4 == 0 && kPatchColumns % 4 == 0 && kRun % kStep == 0, "patches and runs come out even");
 
@@ -131,6 +132,7 @@ struct Matrix {
   static constexpr int kWarpRows = kRows / 2, kWarpColumns = kColumns / 4;
   static constexpr int kRowFragments = kWarpRows / 16, kColumnFragments = kWarpColumns / 8;
   static constexpr int kSums = kRowFragments * kColumnFragments * 4;
+  static constexpr int kBlockThreads = kThreads;
   static constexpr bool kCompensated = false;
   static_assert(kColumnFragments % 2 == 0, "two of them are loaded at once");
 
@@ -338,6 +340,8 @@ struct MathOf<double, kRows, kColumns> {
 };
 template <class S, int kRows, int kColumns>
 using math_of = typename MathOf<S, kRows, kColumns>::type;
+
+constexpr int64_t kUnits = 160;  // pieces of work wanted: somewhat more than a GPU has multiprocessors
 
 // The number of a sample's partial sums, one for each warp and tile.
 inline int64_t partials_of(int64_t tiles) { return tiles * kWarps; }

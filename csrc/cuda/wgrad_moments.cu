@@ -13,47 +13,58 @@ namespace {
 
 template <class S>
 using Math = std::conditional_t<std::is_same_v<S, float>, Fused<float, 64, 64>, math_of<S, 128, 64>>;
+template <class S>
+using FirstMath = warpgroups_or<S, Math<S>, 128>;
 
 // Out is the operands' type when there is one run and the result is final, that of sums when runs are added later.
-template <class S, class Out, class A = typename Math<S>::Sum>
-__global__ void __launch_bounds__(kThreads) wgrad_moments_kernel(const core::Operands o, const Tiling tiling,
-                                                                 Out* __restrict__ wgrad,         // (runs, d, p)
-                                                                 A* __restrict__ squares,         // (runs, d, p)
-                                                                 double* __restrict__ partial) {  // (B, tiles, warps)
-  for (int64_t index = blockIdx.x; index < tiling.units(); index += gridDim.x) {
-    const Unit unit = unit_at<Math<S>>(tiling, o.batch, index);
-    Running<Math<S>> first, second;
-    first.clear();
-    second.clear();
-    wgrad_tiles<Math<S>>(o, unit, [&](int64_t sample, const auto& sums) {
+template <class M, class Out, class A = typename M::Sum>
+__global__ void __launch_bounds__(M::kBlockThreads, 1)
+    wgrad_moments_kernel(const __grid_constant__ Inputs<M> inputs, const Tiling tiling,
+                         Out* __restrict__ wgrad,         // (runs, d, p)
+                         A* __restrict__ squares,         // (runs, d, p)
+                         double* __restrict__ partial) {  // (B, tiles, warps)
+  const core::Operands& o = inputs.operands;
+  Running<M> first, second;
+  for_each_tile(
+      inputs, tiling,
+      [&](const Unit&) {
+        first.clear();
+        second.clear();
+      },
+      [&](const Unit& unit, int64_t sample, const auto& sums) {
 #pragma unroll
-      for (int i = 0; i < Math<S>::kSums; ++i) {
-        first.add(i, sums[i]);
-        second.add(i, sums[i] * sums[i]);
-      }
-      write_squares<Math<S>>(sums, unit.row, unit.column, o.out_features, o.in_features,
-                             partial + (sample * tiling.tiles + unit.tile) * kWarps);
-    });
-    const int64_t offset = unit.run * o.out_features * o.in_features;
-    store<Math<S>>(first.sum, wgrad + offset, unit.row, unit.column, o.out_features, o.in_features);
-    store<Math<S>>(second.sum, squares + offset, unit.row, unit.column, o.out_features, o.in_features);
-  }
+        for (int i = 0; i < M::kSums; ++i) {
+          first.add(i, sums[i]);
+          second.add(i, sums[i] * sums[i]);
+        }
+        write_squares<M>(sums, unit.row, unit.column, o.out_features, o.in_features,
+                         partial + (sample * tiling.tiles + unit.tile) * kWarps);
+      },
+      [&](const Unit& unit) {
+        const int64_t offset = unit.run * o.out_features * o.in_features;
+        store<M>(first.sum, wgrad + offset, unit.row, unit.column, o.out_features, o.in_features);
+        store<M>(second.sum, squares + offset, unit.row, unit.column, o.out_features, o.in_features);
+      });
 }
 
+template <class M>
+int64_t workspace_with(const core::Operands& o) {
+  const Tiling tiling = tiling_of<M>(o);
+  const int64_t elements = tiling.runs > 1 ? 2 * tiling.runs * o.out_features * o.in_features : 0;
+  return o.batch * partials_of(tiling.tiles) * int64_t{sizeof(double)} + elements * int64_t{sizeof(typename M::Sum)};
+}
 template <class S>
 int64_t workspace_of(const core::Operands& o) {
-  const Tiling tiling = tiling_of<Math<S>>(o);
-  const int64_t elements = tiling.runs > 1 ? 2 * tiling.runs * o.out_features * o.in_features : 0;
-  return o.batch * partials_of(tiling.tiles) * static_cast<int64_t>(sizeof(double)) +
-         elements * static_cast<int64_t>(sizeof(typename Math<S>::Sum));
+  return core::maximum(workspace_with<FirstMath<S>>(o), workspace_with<Math<S>>(o));
 }
 
-template <class S>
-cudaError_t run(const core::Operands& o, void* wgrad, void* squares, void* sqnorm, void* workspace,
-                cudaStream_t stream) {
-  using Element = typename Math<S>::Element;
-  using A = typename Math<S>::Sum;
-  const Tiling tiling = tiling_of<Math<S>>(o);
+template <class M>
+cudaError_t run_with(const Inputs<M>& inputs, void* wgrad, void* squares, void* sqnorm, void* workspace,
+                     cudaStream_t stream) {
+  using Element = typename M::Element;
+  using A = typename M::Sum;
+  const core::Operands& o = inputs.operands;
+  const Tiling tiling = tiling_of<M>(o);
   const int64_t elements = o.out_features * o.in_features;
   double* partial = static_cast<double*>(workspace);                                   // (B, tiles, warps)
   A* run_wgrad = reinterpret_cast<A*>(partial + o.batch * partials_of(tiling.tiles));  // (runs, d, p), if runs > 1
@@ -61,16 +72,24 @@ cudaError_t run(const core::Operands& o, void* wgrad, void* squares, void* sqnor
   Element* total = static_cast<Element*>(wgrad);
   A* total_squares = static_cast<A*>(squares);
   if (elements > 0) {
-    const Launch shape{grid_for(tiling.tiles * tiling.runs), kThreads, kSharedBytes<Math<S>, Adjacent::kOuter>};
+    const Launch shape = launch_of(inputs, tiling);
     if (tiling.runs == 1) {
-      GHOSTGRAD_TRY(launch(wgrad_moments_kernel<S, Element>, shape, stream, o, tiling, total, total_squares, partial));
+      GHOSTGRAD_TRY(
+          launch(wgrad_moments_kernel<M, Element>, shape, stream, inputs, tiling, total, total_squares, partial));
     } else {
-      GHOSTGRAD_TRY(launch(wgrad_moments_kernel<S, A>, shape, stream, o, tiling, run_wgrad, run_squares, partial));
+      GHOSTGRAD_TRY(launch(wgrad_moments_kernel<M, A>, shape, stream, inputs, tiling, run_wgrad, run_squares, partial));
       GHOSTGRAD_TRY(launch_add_runs(run_wgrad, tiling.runs, elements, total, stream));
       GHOSTGRAD_TRY(launch_add_runs(run_squares, tiling.runs, elements, total_squares, stream));
     }
   }
   return launch_add_partials(partial, o.batch, partials_of(tiling.tiles), static_cast<A*>(sqnorm), stream);
+}
+
+template <class S>
+cudaError_t run(const core::Operands& o, void* wgrad, void* squares, void* sqnorm, void* workspace,
+                cudaStream_t stream) {
+  return with_inputs<FirstMath<S>, Math<S>>(
+      o, [&](const auto& inputs) { return run_with(inputs, wgrad, squares, sqnorm, workspace, stream); });
 }
 
 }  // namespace

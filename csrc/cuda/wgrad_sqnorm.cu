@@ -17,58 +17,73 @@ namespace {
 
 template <class S>
 using Math = math_of<S, 128, 128>;
+template <class S>
+using FirstMath = warpgroups_or<S, Math<S>, 192>;
 
 // Out is the operands' type when there is one run and the result is final, that of sums when runs are added later.
-template <class S, class Out, class A = typename Math<S>::Sum>
-__global__ void __launch_bounds__(kThreads) wgrad_sqnorm_kernel(const core::Operands o, const Tiling tiling,
-                                                                const A* __restrict__ weights,   // (B,) or null
-                                                                Out* __restrict__ wgrad,         // (runs, d, p)
-                                                                double* __restrict__ partial) {  // (B, tiles, warps)
-  for (int64_t index = blockIdx.x; index < tiling.units(); index += gridDim.x) {
-    const Unit unit = unit_at<Math<S>>(tiling, o.batch, index);
-    Running<Math<S>> running;
-    running.clear();
-    wgrad_tiles<Math<S>>(o, unit, [&](int64_t sample, const auto& sums) {
-      const A weight = weights == nullptr ? A(1) : weights[sample];
+template <class M, class Out, class A = typename M::Sum>
+__global__ void __launch_bounds__(M::kBlockThreads, 1)
+    wgrad_sqnorm_kernel(const __grid_constant__ Inputs<M> inputs, const Tiling tiling,
+                        const A* __restrict__ weights,   // (B,) or null
+                        Out* __restrict__ wgrad,         // (runs, d, p)
+                        double* __restrict__ partial) {  // (B, tiles, warps)
+  const core::Operands& o = inputs.operands;
+  Running<M> running;
+  for_each_tile(
+      inputs, tiling, [&](const Unit&) { running.clear(); },
+      [&](const Unit& unit, int64_t sample, const auto& sums) {
+        const A weight = weights == nullptr ? A(1) : weights[sample];
 #pragma unroll
-      for (int i = 0; i < Math<S>::kSums; ++i) running.add(i, weight * sums[i]);
-      write_squares<Math<S>>(sums, unit.row, unit.column, o.out_features, o.in_features,
-                             partial + (sample * tiling.tiles + unit.tile) * kWarps);
-    });
-    store<Math<S>>(running.sum, wgrad + unit.run * o.out_features * o.in_features, unit.row, unit.column,
-                   o.out_features, o.in_features);
-  }
+        for (int i = 0; i < M::kSums; ++i) running.add(i, weight * sums[i]);
+        write_squares<M>(sums, unit.row, unit.column, o.out_features, o.in_features,
+                         partial + (sample * tiling.tiles + unit.tile) * kWarps);
+      },
+      [&](const Unit& unit) {
+        store<M>(running.sum, wgrad + unit.run * o.out_features * o.in_features, unit.row, unit.column, o.out_features,
+                 o.in_features);
+      });
 }
 
+template <class M>
+int64_t workspace_with(const core::Operands& o) {
+  const Tiling tiling = tiling_of<M>(o);
+  const int64_t elements = tiling.runs > 1 ? tiling.runs * o.out_features * o.in_features : 0;
+  return o.batch * partials_of(tiling.tiles) * int64_t{sizeof(double)} + elements * int64_t{sizeof(typename M::Sum)};
+}
 template <class S>
 int64_t workspace_of(const core::Operands& o) {
-  const Tiling tiling = tiling_of<Math<S>>(o);
-  const int64_t elements = tiling.runs > 1 ? tiling.runs * o.out_features * o.in_features : 0;
-  return o.batch * partials_of(tiling.tiles) * static_cast<int64_t>(sizeof(double)) +
-         elements * static_cast<int64_t>(sizeof(typename Math<S>::Sum));
+  return core::maximum(workspace_with<FirstMath<S>>(o), workspace_with<Math<S>>(o));
 }
 
-template <class S>
-cudaError_t run(const core::Operands& o, const void* weights, void* wgrad, void* sqnorm, void* workspace,
-                cudaStream_t stream) {
-  using Element = typename Math<S>::Element;
-  using A = typename Math<S>::Sum;
-  const Tiling tiling = tiling_of<Math<S>>(o);
+template <class M>
+cudaError_t run_with(const Inputs<M>& inputs, const void* weights, void* wgrad, void* sqnorm, void* workspace,
+                     cudaStream_t stream) {
+  using Element = typename M::Element;
+  using A = typename M::Sum;
+  const core::Operands& o = inputs.operands;
+  const Tiling tiling = tiling_of<M>(o);
   const int64_t elements = o.out_features * o.in_features;
   double* partial = static_cast<double*>(workspace);                                   // (B, tiles, warps)
   A* run_wgrad = reinterpret_cast<A*>(partial + o.batch * partials_of(tiling.tiles));  // (runs, d, p), if runs > 1
   const A* c = static_cast<const A*>(weights);
   Element* total = static_cast<Element*>(wgrad);
   if (elements > 0) {
-    const Launch shape{grid_for(tiling.tiles * tiling.runs), kThreads, kSharedBytes<Math<S>, Adjacent::kOuter>};
+    const Launch shape = launch_of(inputs, tiling);
     if (tiling.runs == 1) {
-      GHOSTGRAD_TRY(launch(wgrad_sqnorm_kernel<S, Element>, shape, stream, o, tiling, c, total, partial));
+      GHOSTGRAD_TRY(launch(wgrad_sqnorm_kernel<M, Element>, shape, stream, inputs, tiling, c, total, partial));
     } else {
-      GHOSTGRAD_TRY(launch(wgrad_sqnorm_kernel<S, A>, shape, stream, o, tiling, c, run_wgrad, partial));
+      GHOSTGRAD_TRY(launch(wgrad_sqnorm_kernel<M, A>, shape, stream, inputs, tiling, c, run_wgrad, partial));
       GHOSTGRAD_TRY(launch_add_runs(run_wgrad, tiling.runs, elements, total, stream));
     }
   }
   return launch_add_partials(partial, o.batch, partials_of(tiling.tiles), static_cast<A*>(sqnorm), stream);
+}
+
+template <class S>
+cudaError_t run(const core::Operands& o, const void* weights, void* wgrad, void* sqnorm, void* workspace,
+                cudaStream_t stream) {
+  return with_inputs<FirstMath<S>, Math<S>>(
+      o, [&](const auto& inputs) { return run_with(inputs, weights, wgrad, sqnorm, workspace, stream); });
 }
 
 }  // namespace
