@@ -15,6 +15,7 @@
 #include "cuda/gram_sqnorm.h"
 #include "cuda/outer_sqnorm.h"
 #include "cuda/row_sqnorm.h"
+#include "cuda/wgrad_moments.h"
 #include "cuda/wgrad_sqnorm.h"
 
 using namespace ghostgrad;
@@ -98,6 +99,23 @@ static void test(int64_t B, int64_t T, int64_t p, int64_t d, bool weighted) {
            cudaSuccess);
     EXPECT(cuda::launch_wgrad_sqnorm(o, c, got.wgrad.data(), got.fused.data(),
                                      workspace(cuda::wgrad_sqnorm_workspace(o)).data(), nullptr) == cudaSuccess);
+    std::vector<S> sums(static_cast<size_t>(d * p)), true_sums(sums);
+    std::vector<A> squares(sums.size(), NAN), true_squares(squares), norms(truth.fused.size(), NAN), true_norms(norms);
+    cpu::wgrad_moments(o, true_sums.data(), true_squares.data(), true_norms.data(), cpu::serial(), capability);
+    EXPECT(cuda::launch_wgrad_moments(o, sums.data(), squares.data(), norms.data(),
+                                      workspace(cuda::wgrad_moments_workspace(o)).data(), nullptr) == cudaSuccess);
+    const auto expect_close = [&](const auto& values, const auto& trues, double relative, const char* what) {
+      double largest = 1e-30;
+      for (const auto& value : trues) largest = std::fmax(largest, std::fabs(core::to_accumulation(value)));
+      for (size_t e = 0; e < values.size(); ++e) {
+        const double value = core::to_accumulation(values[e]), true_value = core::to_accumulation(trues[e]);
+        EXPECT(std::fabs(value - true_value) <= relative * largest, "(%ld, %ld, %ld, %ld) %s %zu: %g, not %g", B, T, p,
+               d, what, e, value, true_value);
+      }
+    };
+    expect_close(sums, true_sums, sizeof(S) == 8 ? 1e-13 : sizeof(S) == 4 ? 1e-5 : 1e-2, "sum of moments");
+    expect_close(squares, true_squares, sizeof(A) == 8 ? 1e-12 : 2e-5, "square of moments");
+    expect_close(norms, true_norms, sizeof(A) == 8 ? 1e-12 : 2e-5, "norm of moments");
     EXPECT(cuda::launch_row_sqnorm(rows, got.row.data(), workspace(cuda::row_sqnorm_workspace(rows)).data(), nullptr) ==
            cudaSuccess);
     const std::vector<double> values = got.all(), truths = truth.all();
