@@ -25,7 +25,7 @@ from helpers import in_own_process, needs_peak_memory
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() and _C.with_cuda else ["cpu"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 NORMS = ["outer_sqnorm", "gram_sqnorm", "sqnorm"]
-WGRADS = ["wgrad_sqnorm", "wgrad_and_sqnorm"]
+WGRADS = ["wgrad_sqnorm", "wgrad_and_sqnorm", "wgrad_moments"]
 # (B, T, p, d). The comments name what would go wrong unseen without the line.
 SHAPES = [
     (1, 1, 1, 1),
@@ -95,7 +95,7 @@ def true_embedding_sqnorm(index: Tensor, b: Tensor) -> np.ndarray:
 def norms_of(op: str) -> Callable[[Tensor, Tensor], Tensor]:
     """The op as a function from operands to squared norms."""
     function = getattr(ops, op)
-    return function if op in NORMS else lambda a, b: function(a, b)[1]
+    return function if op in NORMS else lambda a, b: function(a, b)[-1]
 
 
 # --- against the reference ---
@@ -128,6 +128,18 @@ def test_wgrad_sqnorm_is_the_references(shape: tuple[int, int, int, int], dtype:
     assert sqnorm.dtype == accumulation_dtype(dtype)
     assert_honest(wgrad, plain_wgrad, np.einsum("b,bdp->dp", factors, per_sample))
     assert_honest(sqnorm, plain_sqnorm, (per_sample**2).sum((1, 2)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_wgrad_moments_is_the_references(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> None:
+    a, b = operands(*shape, dtype, device)
+    values, plain, per_sample = ops.wgrad_moments(a, b), reference.wgrad_moments(a, b), true_per_sample(a, b)
+    truth = (per_sample.sum(0), (per_sample**2).sum(0), (per_sample**2).sum((1, 2)))
+    for value, alike, true, of in zip(values, plain, truth, (dtype, *[accumulation_dtype(dtype)] * 2), strict=True):
+        assert value.dtype == alike.dtype == of
+        assert_honest(value, alike, true)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -516,6 +528,23 @@ def test_partial_gradients_are_the_references(used: str, wanted: str, dtype: tor
             torch.testing.assert_close(value, truth, rtol=tolerance, atol=tolerance * float(truth.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 6, 5), (9, 2, 20, 30)], ids=str)  # in the second, samples are taken two at a time
+@pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("wanted", ["a", "b", "ab"])
+def test_gradients_of_wgrad_moments_are_the_references(wanted: str, used: tuple[int, ...], shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    def grads(function: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        inputs = dict(zip("ab", operands(*shape, dtype)))
+        chosen = [inputs[name].requires_grad_() for name in wanted]
+        results = function(*inputs.values())
+        return torch.autograd.grad(sum((results[i].float() ** 2).sum() for i in used), chosen)
+
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for value, truth in zip(grads(ops.wgrad_moments), grads(reference.wgrad_moments), strict=True):
+        assert value.dtype == dtype
+        torch.testing.assert_close(value, truth, rtol=tolerance, atol=tolerance * float(truth.abs().max()))
+
+
 # --- the registration ---
 
 
@@ -680,6 +709,9 @@ def test_any_shape_and_layout(B: int, T: int, p: int, d: int, a_layout: int, b_l
     wgrad, sqnorm = ops.wgrad_sqnorm(laid_a, laid_b, weights)
     assert_honest(wgrad, plain_wgrad, np.einsum("b,bdp->dp", weights.double().numpy(), per_sample))
     assert_honest(sqnorm, plain_sqnorm, truth)
+    _, squares, sqnorm = ops.wgrad_moments(laid_a, laid_b)
+    assert_honest(squares, reference.wgrad_moments(a, b)[1], (per_sample**2).sum(0))
+    assert_honest(sqnorm, plain_sqnorm, truth)
     wgrad, sqnorm = ops.wgrad_and_sqnorm(laid_a, laid_b)
     assert_honest(wgrad, b.flatten(0, 1).mT @ a.flatten(0, 1), per_sample.sum(0))
     assert_honest(ops.row_sqnorm(laid_a), reference.row_sqnorm(a), (a.double().numpy().astype(np.longdouble) ** 2).sum((1, 2)))
@@ -724,10 +756,9 @@ def test_expanded_operands(op: str) -> None:
 def test_nothing_is_zero(op: str, shape: tuple[int, int, int, int]) -> None:
     B, _, p, d = shape
     result = getattr(ops, op)(*operands(*shape, torch.float32))
-    norms = result if op in NORMS else result[1]
+    *sums, norms = (result,) if op in NORMS else result
     assert torch.equal(norms, torch.zeros(B))
-    if op in WGRADS:
-        assert torch.equal(result[0], torch.zeros(d, p))
+    assert all(torch.equal(value, torch.zeros(d, p)) for value in sums)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -769,7 +800,7 @@ def _keep_threads() -> Iterator[None]:
 @pytest.mark.usefixtures("_keep_threads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(5, 33, 40, 50), (60, 40, 70, 64), (2, 300, 300, 280)], ids=str)
-@pytest.mark.parametrize("op", [*NORMS, "wgrad_sqnorm", "row_sqnorm"])
+@pytest.mark.parametrize("op", [*NORMS, "wgrad_sqnorm", "wgrad_moments", "row_sqnorm"])
 def test_bits_do_not_depend_on_threads(op: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     a, b = operands(*shape, dtype)
     results = []
@@ -824,8 +855,8 @@ def test_lesser_instruction_sets_agree(capability: str) -> None:
         "torch.manual_seed(0); a, b, c = torch.randn(3, 21, 45), torch.randn(3, 21, 33), torch.rand(3)\n"
         "d, e, m, s = torch.randn(3, 6, 70, 1), torch.randn(3, 1, 9, 75), torch.randn(3, 6, 2), torch.rand(3, 1, 9)\n"
         "def affine(f): return *f(d, d.sin()), *f(d, d, m, m), *f(e, e.sin()), *f(e, e, s, s)\n"
-        "for x, y in zip((ops.outer_sqnorm(a, b), ops.gram_sqnorm(a, b), ops.row_sqnorm(a), *ops.wgrad_sqnorm(a, b, c), *affine(ops.affine_sqnorm)),\n"
-        "                (r.outer_sqnorm(a, b), r.gram_sqnorm(a, b), r.row_sqnorm(a), *r.wgrad_sqnorm(a, b, c), *affine(r.affine_sqnorm))):\n"
+        "def products(o): return o.outer_sqnorm(a, b), o.gram_sqnorm(a, b), o.row_sqnorm(a), *o.wgrad_sqnorm(a, b, c), *o.wgrad_moments(a, b)\n"
+        "for x, y in zip((*products(ops), *affine(ops.affine_sqnorm)), (*products(r), *affine(r.affine_sqnorm))):\n"
         "    torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)\n"
         "for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-9), (torch.bfloat16, 0.05), (torch.float16, 0.01)):\n"
         "    for y, mean in ((d, m), (e, s)):\n"
@@ -972,7 +1003,7 @@ def test_the_bindings_check_again() -> None:
             function(a, b[:, :2])
         with pytest.raises(RuntimeError, match=rf"{op}: a must be \(B, T, p\), got \(4,\)"):
             function(a[0, 0], b)
-    for op in ("outer_sqnorm", "gram_sqnorm", "wgrad_sqnorm"):
+    for op in ("outer_sqnorm", "gram_sqnorm", "wgrad_sqnorm", "wgrad_moments"):
         with pytest.raises(RuntimeError, match=f"{op}: a and b must have the same dtype"):
             getattr(raw, op)(a, b.double())
         with pytest.raises(RuntimeError, match=f"{op}: a must be float32"):

@@ -97,6 +97,11 @@ void wgrad_sqnorm(const core::Operands& operands, const void* weights, void* wgr
   GHOSTGRAD_DISPATCH(capability, wgrad_sqnorm(operands, weights, wgrad, sqnorm, parallel))
 }
 
+void wgrad_moments(const core::Operands& operands, void* wgrad, void* squares, void* sqnorm, ParallelFor parallel,
+                   Capability capability) {
+  GHOSTGRAD_DISPATCH(capability, wgrad_moments(operands, wgrad, squares, sqnorm, parallel))
+}
+
 void row_sqnorm(const core::Rows& rows, void* sqnorm, ParallelFor parallel, Capability capability) {
   GHOSTGRAD_DISPATCH(capability, row_sqnorm(rows, sqnorm, parallel))
 }

@@ -36,6 +36,13 @@ void wgrad_sqnorm(const core::Operands& operands,
                   void* sqnorm,         // (B,)
                   ParallelFor parallel, Capability capability);
 
+// The same, unweighted, and squares = sum_i (b_i^T a_i)^2 element by element.
+void wgrad_moments(const core::Operands& operands,
+                   void* wgrad,    // (d, p)
+                   void* squares,  // (d, p)
+                   void* sqnorm,   // (B,)
+                   ParallelFor parallel, Capability capability);
+
 // sqnorm[i] = sum_j x[i, j]^2.
 void row_sqnorm(const core::Rows& rows,
                 void* sqnorm,  // (B,)

@@ -14,17 +14,18 @@ namespace {
 template <class S>
 void run(const core::Operands& o, void* sqnorm, ParallelFor parallel) {
   using A = core::accumulation_t<S>;
-  const Split rows = TileProduct<S>::row_split(o), columns = TileProduct<S>::column_split(o);
+  using Product = TileProduct<S, Sums::kNone>;
+  const Split rows = Product::row_split(o), columns = Product::column_split(o);
   const int64_t tiles = rows.count * columns.count;
 
   Scratch scratch(Scratch::room<double>(o.batch * tiles));
   double* partial = scratch.take<double>(o.batch * tiles);  // (B, tiles)
   auto body = [&](int64_t begin, int64_t end) {
-    TileProduct<S> product(o, rows, columns, /*wgrad=*/false, /*samples=*/1);
+    Product product(o, rows, columns, /*samples=*/1);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t tile = unit % tiles;
       product.select_tile(tile / columns.count, tile % columns.count);
-      partial[unit] = product.template add_sample<false>(unit / tiles, A(1));
+      partial[unit] = product.add_sample(unit / tiles, A(1));
     }
   };
   parallel(o.batch * tiles, product_operations(o), body);

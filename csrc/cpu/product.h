@@ -1,4 +1,5 @@
-// The per-sample product G_i = b_i^T a_i, one tile at a time: the heart of outer_sqnorm and wgrad_sqnorm.
+// The per-sample product G_i = b_i^T a_i, one tile at a time: the heart of outer_sqnorm, wgrad_sqnorm and
+// wgrad_moments.
 //
 // Both operands have the inner dimension t first, a (T, p) and b (T, d), so G_i is a sum of outer products and needs no
 // transposition. A *tile* is about 256 x 256 elements of G_i. For one tile the operands' columns are packed, kDepth
@@ -9,7 +10,7 @@
 // so that the innermost loop reads both in order, whatever the strides were (rows 4 KiB apart would all fall into the
 // same cache set), and so that widening from 16 bits happens once per element and not once per use. A packed element is
 // used about 128 times. A *block* of kMr x kNr sums is kept in registers while t runs, then handed to the epilogue:
-// squares to the sample's sum, weighted sum to the weight gradient.
+// squares to the sample's sum, weighted sum to the weight gradient, squares once more to their own sum over samples.
 //
 // Summation: at most kDepth products in a row are added in the accumulation type; longer T goes on in float64, block by
 // block. Squares are added over the kMr * kNv vectors of a block in the accumulation type and from there on in float64.
@@ -114,37 +115,43 @@ inline double product_operations(const core::Operands& o) {
          static_cast<double>(o.out_features);
 }
 
-template <class S>
+// What is summed over samples, element by element, beside each sample's squared norm.
+enum class Sums { kNone, kWgrad, kMoments };  // nothing; c_i G_i; c_i G_i and G_i^2
+
+template <class S, Sums kSums>
 class TileProduct {
  public:
   using A = core::accumulation_t<S>;
   static constexpr int kNr = kNv * kLanes<A>;
   static constexpr int kBlock = kMr * kNr;
+  static constexpr int kRunning = static_cast<int>(kSums);  // sums that are kept
 
   // The cut of G_i into tiles depends on its size alone.
   static Split row_split(const core::Operands& o) { return core::even_split(o.out_features, tile_edge(o), kMr); }
   static Split column_split(const core::Operands& o) { return core::even_split(o.in_features, tile_edge(o), kNr); }
 
-  // `wgrad`: the tile of the weight gradient is kept, too. `samples`: how many samples one tile sees at most.
-  static size_t room(const core::Operands& o, Split rows, Split columns, bool wgrad, int64_t samples) {
+  // `samples`: how many samples one tile sees at most.
+  static size_t room(const core::Operands& o, Split rows, Split columns, int64_t samples) {
     const int64_t elements = rows.size * columns.size;
     const int64_t steps = core::ceil_div(core::minimum(o.positions, kDepth), kElements<S>);
     size_t bytes = Scratch::room<Factor<S>>(rows.size * steps) + Scratch::room<Factor<S>>(columns.size * steps);
     if (o.positions > kDepth) bytes += Scratch::room<double>(elements);
-    if (wgrad) bytes += Scratch::room<A>(elements);
-    if (wgrad && samples > kSamplesPerFlush) bytes += Scratch::room<double>(elements);
-    return bytes;
+    size_t running = Scratch::room<A>(elements);
+    if (samples > kSamplesPerFlush) running += Scratch::room<double>(elements);
+    return bytes + kRunning * running;
   }
 
-  TileProduct(const core::Operands& o, Split rows, Split columns, bool wgrad, int64_t samples)
-      : o_(o), rows_(rows), columns_(columns), scratch_(room(o, rows, columns, wgrad, samples)) {
+  TileProduct(const core::Operands& o, Split rows, Split columns, int64_t samples)
+      : o_(o), rows_(rows), columns_(columns), scratch_(room(o, rows, columns, samples)) {
     const int64_t steps = core::ceil_div(core::minimum(o.positions, kDepth), kElements<S>);
     const int64_t elements = rows.size * columns.size;
     packed_b_ = scratch_.take<Factor<S>>(rows.size * steps);
     packed_a_ = scratch_.take<Factor<S>>(columns.size * steps);
     if (o.positions > kDepth) long_sums_ = scratch_.take<double>(elements);
-    if (wgrad) wgrad_ = scratch_.take<A>(elements);
-    if (wgrad && samples > kSamplesPerFlush) wgrad_total_ = scratch_.take<double>(elements);
+    for (int k = 0; k < kRunning; ++k) {
+      running_[k].sum = scratch_.take<A>(elements);
+      if (samples > kSamplesPerFlush) running_[k].total = scratch_.take<double>(elements);
+    }
   }
 
   void select_tile(int64_t row_tile, int64_t column_tile) {
@@ -154,8 +161,8 @@ class TileProduct {
     tile_columns_ = columns_.end(column_tile) - column_begin_;
   }
 
-  // The sum of squares of the selected tile of G_i. With kWgrad, weight * tile is added to the running weight gradient.
-  template <bool kWgrad>
+  // The sum of squares of the selected tile of G_i. To the running sums, weight * tile and the tile's squares are
+  // added.
   double add_sample(int64_t sample, A weight) {
     const int64_t row_panels = core::ceil_div(tile_rows_, kMr), column_panels = core::ceil_div(tile_columns_, kNr);
     double squares = 0.0;
@@ -176,52 +183,44 @@ class TileProduct {
           if (!last) continue;
           const int64_t valid_rows = core::minimum(kMr, tile_rows_ - row_panel * kMr);
           const int64_t valid_columns = core::minimum(kNr, tile_columns_ - column_panel * kNr);
-          A* wgrad = kWgrad ? wgrad_ + block * kBlock : nullptr;
           panel_squares += valid_rows == kMr && valid_columns == kNr
-                               ? whole_block<kWgrad>(sums, weight, wgrad)
-                               : partial_block<kWgrad>(sums, weight, wgrad, valid_rows, valid_columns);
+                               ? whole_block(sums, weight, block * kBlock)
+                               : partial_block(sums, weight, block * kBlock, valid_rows, valid_columns);
         }
         squares += panel_squares;
       }
-      if (kWgrad && last) wgrad_begun_ = true;
+      if (last) begun_ = true;
     }
     return squares;
   }
 
-  void clear_wgrad() {
-    wgrad_begun_ = false;
-    if (wgrad_total_ == nullptr) return;
-    for (int64_t i = 0; i < rows_.size * columns_.size; ++i) wgrad_total_[i] = 0.0;
+  void clear_sums() {
+    begun_ = false;
+    for (RunningSum& running : running_) {
+      if (running.total == nullptr) continue;
+      for (int64_t i = 0; i < rows_.size * columns_.size; ++i) running.total[i] = 0.0;
+    }
   }
 
   // Call every kSamplesPerFlush samples.
-  void flush_wgrad() {
-    if (wgrad_total_ == nullptr || !wgrad_begun_) return;
-    for (int64_t i = 0; i < rows_.size * columns_.size; ++i) wgrad_total_[i] += static_cast<double>(wgrad_[i]);
-    wgrad_begun_ = false;
+  void flush_sums() {
+    if (!begun_) return;
+    for (RunningSum& running : running_) {
+      if (running.total == nullptr) return;  // the tile sees too few samples for that
+      for (int64_t i = 0; i < rows_.size * columns_.size; ++i) running.total[i] += static_cast<double>(running.sum[i]);
+    }
+    begun_ = false;
   }
 
-  // Writes the running weight gradient of the selected tile to its place in `to` (d, p), as S or as A.
+  // Write the running sums of the selected tile to their place in `to` (d, p), as S or as A.
   template <class Out>
   void store_wgrad(Out* to) {
-    flush_wgrad();
-    const int64_t row_panels = core::ceil_div(tile_rows_, kMr), column_panels = core::ceil_div(tile_columns_, kNr);
-    for (int64_t row = 0; row < tile_rows_; ++row) {
-      for (int64_t panel = 0; panel < column_panels; ++panel) {
-        Out* target = to + (row_begin_ + row) * o_.in_features + column_begin_ + panel * kNr;
-        const int64_t from = (panel * row_panels + row / kMr) * kBlock + (row % kMr) * kNr;
-        const int64_t columns = core::minimum(kNr, tile_columns_ - panel * kNr);
-        if (wgrad_total_ != nullptr) {
-          const double* total = wgrad_total_ + from;
-          for (int64_t c = 0; c < columns; ++c) target[c] = core::from_accumulation<Out>(static_cast<A>(total[c]));
-        } else if (wgrad_begun_) {
-          const A* sum = wgrad_ + from;
-          for (int64_t c = 0; c < columns; ++c) target[c] = core::from_accumulation<Out>(sum[c]);
-        } else {  // no sample, or no position
-          for (int64_t c = 0; c < columns; ++c) target[c] = core::from_accumulation<Out>(A(0));
-        }
-      }
-    }
+    store(running_[0], to);
+  }
+  template <class Out>
+  void store_squares(Out* to) {
+    static_assert(kSums == Sums::kMoments, "squares are summed for the moments alone");
+    store(running_[1], to);
   }
 
  private:
@@ -233,8 +232,42 @@ class TileProduct {
     }
   }
 
-  template <bool kWgrad>
-  double whole_block(const A* sums, A weight, A* wgrad) const {
+  struct RunningSum {
+    A* sum = nullptr;         // (blocks, kMr, kNr)
+    double* total = nullptr;  // the same, if there are many samples
+  };
+
+  template <class Out>
+  void store(const RunningSum& running, Out* to) {
+    flush_sums();
+    const int64_t row_panels = core::ceil_div(tile_rows_, kMr), column_panels = core::ceil_div(tile_columns_, kNr);
+    for (int64_t row = 0; row < tile_rows_; ++row) {
+      for (int64_t panel = 0; panel < column_panels; ++panel) {
+        Out* target = to + (row_begin_ + row) * o_.in_features + column_begin_ + panel * kNr;
+        const int64_t from = (panel * row_panels + row / kMr) * kBlock + (row % kMr) * kNr;
+        const int64_t columns = core::minimum(kNr, tile_columns_ - panel * kNr);
+        if (running.total != nullptr) {
+          const double* total = running.total + from;
+          for (int64_t c = 0; c < columns; ++c) target[c] = core::from_accumulation<Out>(static_cast<A>(total[c]));
+        } else if (begun_) {
+          const A* sum = running.sum + from;
+          for (int64_t c = 0; c < columns; ++c) target[c] = core::from_accumulation<Out>(sum[c]);
+        } else {  // no sample, or no position
+          for (int64_t c = 0; c < columns; ++c) target[c] = core::from_accumulation<Out>(A(0));
+        }
+      }
+    }
+  }
+
+  void add_vector(A* running, Vector<A> value) const {
+    Vector<A>& sum = *reinterpret_cast<Vector<A>*>(running);
+    sum = begun_ ? sum + value : value;
+  }
+
+  // The epilogue of a block that starts at element `block` of the running sums.
+  double whole_block(const A* sums, A weight, int64_t block) const {
+    A* wgrad = running_[0].sum + block;
+    A* moment = running_[kRunning - 1 > 0 ? 1 : 0].sum + block;
     Vector<A> squares[kNv] = {};
 #pragma GCC unroll 16
     for (int r = 0; r < kMr; ++r) {
@@ -243,11 +276,8 @@ class TileProduct {
         const int at = r * kNr + v * kLanes<A>;
         const Vector<A> sum = load_aligned(sums + at);
         squares[v] += sum * sum;
-        if constexpr (kWgrad) {
-          const Vector<A> weighted = sum * weight;
-          Vector<A>& running = *reinterpret_cast<Vector<A>*>(wgrad + at);
-          running = wgrad_begun_ ? running + weighted : weighted;
-        }
+        if constexpr (kSums != Sums::kNone) add_vector(wgrad + at, sum * weight);
+        if constexpr (kSums == Sums::kMoments) add_vector(moment + at, sum * sum);
       }
     }
     double total = 0.0;
@@ -258,17 +288,19 @@ class TileProduct {
 
   // A block that sticks out of the matrix. What was padded with zeros may hold 0 * inf by now and must not be looked
   // at.
-  template <bool kWgrad>
-  double partial_block(const A* sums, A weight, A* wgrad, int64_t rows, int64_t columns) const {
-    if (kWgrad && !wgrad_begun_) {
-      for (int i = 0; i < kBlock; ++i) wgrad[i] = A(0);
+  double partial_block(const A* sums, A weight, int64_t block, int64_t rows, int64_t columns) const {
+    if (!begun_) {
+      for (int k = 0; k < kRunning; ++k) {
+        for (int i = 0; i < kBlock; ++i) running_[k].sum[block + i] = A(0);
+      }
     }
     double total = 0.0;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < columns; ++c) {
         const A value = sums[r * kNr + c];
         total += static_cast<double>(value * value);
-        if constexpr (kWgrad) wgrad[r * kNr + c] += weight * value;
+        if constexpr (kSums != Sums::kNone) running_[0].sum[block + r * kNr + c] += weight * value;
+        if constexpr (kSums == Sums::kMoments) running_[1].sum[block + r * kNr + c] += value * value;
       }
     }
     return total;
@@ -280,9 +312,8 @@ class TileProduct {
   Factor<S>* packed_a_ = nullptr;  // (ceil(tile columns / kNr), steps, kNr)
   Factor<S>* packed_b_ = nullptr;  // (ceil(tile rows / kMr), steps, kMr)
   double* long_sums_ = nullptr;    // (blocks, kMr, kNr), if T > kDepth
-  A* wgrad_ = nullptr;             // (blocks, kMr, kNr)
-  double* wgrad_total_ = nullptr;  // the same, if there are many samples
-  bool wgrad_begun_ = false;       // wgrad_ holds something: the first sample writes, later ones add
+  RunningSum running_[kRunning == 0 ? 1 : kRunning];
+  bool begun_ = false;  // the running sums hold something: the first sample writes, later ones add
   int64_t row_begin_ = 0, column_begin_ = 0, tile_rows_ = 0, tile_columns_ = 0;
 };
 

@@ -12,6 +12,8 @@ STABLE_TORCH_LIBRARY(ghostgrad, m) {
   m.def("gram_sqnorm(Tensor a, Tensor b) -> Tensor");
   // a (B, T, p), b (B, T, d), weights (B,) -> (d, p), (B,)      sum_i c_i b_i^T a_i and ||b_i^T a_i||^2
   m.def("wgrad_sqnorm(Tensor a, Tensor b, Tensor? weights=None) -> (Tensor, Tensor)");
+  // a (B, T, p), b (B, T, d) -> (d, p), (d, p), (B,)            sum_i b_i^T a_i, sum_i (b_i^T a_i)^2 by element, norms
+  m.def("wgrad_moments(Tensor a, Tensor b) -> (Tensor, Tensor, Tensor)");
   // x (B, ...) -> (B,)                                          sum_j x_ij^2
   m.def("row_sqnorm(Tensor x) -> Tensor");
   // index (B, T), b (B, T, d) -> (B,)                           sum_{v >= 0} ||sum_{t: index[i, t] = v} b_it||^2

@@ -25,6 +25,7 @@ __all__ = [
     "norm_affine",
     "outer_sqnorm",
     "row_sqnorm",
+    "wgrad_moments",
     "wgrad_sqnorm",
 ]
 
@@ -66,6 +67,15 @@ def wgrad_sqnorm(
     per_sample = _per_sample_wgrad(a, b)
     weighted = per_sample if weights is None else per_sample * weights.to(per_sample.dtype)[:, None, None]
     return weighted.sum(0).to(a.dtype), per_sample.square().sum((1, 2))
+
+
+def wgrad_moments(
+    a: Tensor,  # (B, T, p)
+    b: Tensor,  # (B, T, d)
+) -> tuple[Tensor, Tensor, Tensor]:  # (d, p), (d, p), (B,)
+    """``(sum_i G_i, sum_i G_i^2, ||G_i||_F^2)``, the squares of the second element by element."""
+    squares = _per_sample_wgrad(a, b).square()
+    return wgrad_sqnorm(a, b)[0], squares.sum(0), squares.sum((1, 2))
 
 
 def row_sqnorm(

@@ -61,22 +61,27 @@ static void test(cpu::Capability capability, int64_t B, int64_t T, int64_t p, in
   const core::Operands operands{a.data(),      b.data(), dtype_of<S>(), B,      T, p, d,
                                 T * (p + pad), p + pad,  T * (d + pad), d + pad};
 
-  std::vector<long double> wgrad(static_cast<size_t>(d * p)), scale(static_cast<size_t>(d * p)),
-      sqnorm(static_cast<size_t>(B));
+  std::vector<long double> wgrad(static_cast<size_t>(d * p)), scale(wgrad), sum(wgrad), sum_scale(wgrad),
+      squares(wgrad), square_scale(wgrad), sqnorm(static_cast<size_t>(B));
   for (int64_t i = 0; i < B; ++i) {
     for (int64_t r = 0; r < d; ++r) {
       for (int64_t c = 0; c < p; ++c) {
-        long double sum = 0, magnitude = 0;
+        long double element = 0, magnitude = 0;
         for (int64_t t = 0; t < T; ++t) {
           const long double term =
               static_cast<long double>(core::to_accumulation(a[static_cast<size_t>((i * T + t) * (p + pad) + c)])) *
               core::to_accumulation(b[static_cast<size_t>((i * T + t) * (d + pad) + r)]);
-          sum += term;
+          element += term;
           magnitude += std::fabs(term);
         }
-        sqnorm[static_cast<size_t>(i)] += sum * sum;
-        wgrad[static_cast<size_t>(r * p + c)] += weights[static_cast<size_t>(i)] * sum;
-        scale[static_cast<size_t>(r * p + c)] += std::fabs(weights[static_cast<size_t>(i)]) * magnitude;
+        const size_t at = static_cast<size_t>(r * p + c);
+        sqnorm[static_cast<size_t>(i)] += element * element;
+        wgrad[at] += weights[static_cast<size_t>(i)] * element;
+        scale[at] += std::fabs(weights[static_cast<size_t>(i)]) * magnitude;
+        sum[at] += element;
+        sum_scale[at] += magnitude;
+        squares[at] += element * element;
+        square_scale[at] += magnitude * magnitude;
       }
     }
   }
@@ -85,24 +90,34 @@ static void test(cpu::Capability capability, int64_t B, int64_t T, int64_t p, in
   std::vector<A> forwards_norms, backwards_norms;
   for (const cpu::ParallelFor& parallel : {cpu::serial(), backwards()}) {
     std::vector<A> outer(static_cast<size_t>(B), A(-1)), gram = outer, fused = outer;
-    std::vector<S> product(static_cast<size_t>(d * p));
+    std::vector<A> moments = outer, square_sums(static_cast<size_t>(d * p), A(-1));
+    std::vector<S> product(static_cast<size_t>(d * p)), sums(product);
     cpu::outer_sqnorm(operands, outer.data(), parallel, capability);
     cpu::gram_sqnorm(operands, gram.data(), parallel, capability);
     cpu::wgrad_sqnorm(operands, weights.data(), product.data(), fused.data(), parallel, capability);
+    cpu::wgrad_moments(operands, sums.data(), square_sums.data(), moments.data(), parallel, capability);
     for (size_t i = 0; i < outer.size(); ++i) {
       EXPECT(close(outer[i], sqnorm[i], sqnorm[i], epsilon), "%s outer (%ld, %ld, %ld, %ld)", name, B, T, p, d);
       EXPECT(close(gram[i], sqnorm[i], sqnorm[i] + 1e-3L, 20 * epsilon), "%s gram (%ld, %ld, %ld, %ld)", name, B, T, p,
              d);
       EXPECT(close(fused[i], sqnorm[i], sqnorm[i], epsilon), "%s fused (%ld, %ld, %ld, %ld)", name, B, T, p, d);
+      EXPECT(close(moments[i], sqnorm[i], sqnorm[i], epsilon), "%s moments (%ld, %ld, %ld, %ld)", name, B, T, p, d);
     }
     for (size_t e = 0; e < product.size(); ++e) {
       EXPECT(close(core::to_accumulation(product[e]), wgrad[e], scale[e], store_epsilon),
              "%s wgrad (%ld, %ld, %ld, %ld)", name, B, T, p, d);
+      EXPECT(close(core::to_accumulation(sums[e]), sum[e], sum_scale[e], store_epsilon),
+             "%s sum of moments (%ld, %ld, %ld, %ld)", name, B, T, p, d);
+      EXPECT(close(square_sums[e], squares[e], square_scale[e], 2 * epsilon), "%s squares (%ld, %ld, %ld, %ld)", name,
+             B, T, p, d);
     }
     std::vector<A>& norms = forwards_norms.empty() ? forwards_norms : backwards_norms;
     norms = outer;
     norms.insert(norms.end(), gram.begin(), gram.end());
-    for (const S& value : product) norms.push_back(core::to_accumulation(value));
+    norms.insert(norms.end(), square_sums.begin(), square_sums.end());
+    for (const auto* of : {&product, &sums}) {
+      for (const S& value : *of) norms.push_back(core::to_accumulation(value));
+    }
   }
   EXPECT(forwards_norms == backwards_norms || B * d * p == 0, "%s: the order of units shows", name);
 

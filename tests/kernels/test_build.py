@@ -23,7 +23,7 @@ import resources
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "tests"
-OPS = "affine_sqnorm conv_sqnorm conv_wgrad_sqnorm embedding_sqnorm gram_sqnorm outer_sqnorm row_sqnorm wgrad_sqnorm".split()
+OPS = "affine_sqnorm conv_sqnorm conv_wgrad_sqnorm embedding_sqnorm gram_sqnorm outer_sqnorm row_sqnorm wgrad_moments wgrad_sqnorm".split()
 COMPOSED = ["norm_affine"]  # on CUDA made of other ops
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 

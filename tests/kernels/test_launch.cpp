@@ -11,6 +11,7 @@
 #include "cuda/gram_sqnorm.h"
 #include "cuda/outer_sqnorm.h"
 #include "cuda/row_sqnorm.h"
+#include "cuda/wgrad_moments.h"
 #include "cuda/wgrad_sqnorm.h"
 
 using namespace ghostgrad;
@@ -27,6 +28,8 @@ int main() {
   EXPECT(cuda::launch_outer_sqnorm(o, memory.data(), memory.data(), nullptr) != cudaSuccess);
   EXPECT(cuda::launch_gram_sqnorm(o, memory.data(), memory.data(), nullptr) != cudaSuccess);
   EXPECT(cuda::launch_wgrad_sqnorm(o, nullptr, memory.data(), memory.data(), memory.data(), nullptr) != cudaSuccess);
+  EXPECT(cuda::launch_wgrad_moments(o, memory.data(), memory.data(), memory.data(), memory.data(), nullptr) !=
+         cudaSuccess);
   const core::Picks picks{memory.data(), true, memory.data(), core::DType::kFloat32, 1, 2, 3, 2, 1, 6, 3};
   EXPECT(cuda::launch_embedding_sqnorm(picks, memory.data(), memory.data(), nullptr) != cudaSuccess);
   EXPECT(cuda::launch_row_sqnorm(rows, memory.data(), memory.data(), nullptr) != cudaSuccess);
