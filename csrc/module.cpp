@@ -11,8 +11,21 @@
 
 #include "core/plan.h"
 #include "cpu/ops.h"
+#include "module.h"
 
 namespace py = pybind11;
+
+// torch._C._get_fp32_precision_getter, found when the module is imported. It lives as long as the process does: an op
+// may run later than the interpreter takes objects apart.
+static PyObject* fp32_precision = nullptr;
+
+static bool rounds_to_tf32(const char* op) {
+  const py::gil_scoped_acquire held;  // ops run without it
+  return py::reinterpret_borrow<py::object>(fp32_precision)("cuda", op).cast<std::string>() == "tf32";
+}
+
+bool ghostgrad::tf32_in_matmul() { return rounds_to_tf32("matmul"); }
+bool ghostgrad::tf32_in_conv() { return rounds_to_tf32("conv"); }
 
 namespace {
 
@@ -79,6 +92,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("with_cuda") = false;
 #endif
   m.attr("cuda_archs") = GHOSTGRAD_CUDA_ARCHS;
+  fp32_precision = py::object(py::module_::import("torch._C").attr("_get_fp32_precision_getter")).release().ptr();
+  m.def("tf32_in_matmul", &tf32_in_matmul, "Whether float32 products on a GPU round their operands to tf32.");
+  m.def("tf32_in_conv", &tf32_in_conv, "The same for convolutions.");
   m.def(
       "cpu_capability", [] { return std::string(cpu::name_of(cpu::capability())); },
       "The instruction set that the CPU kernels run with: portable, avx2, avx512 or avx512bf16.");

@@ -53,15 +53,16 @@ struct Speeds {
 // Fitted to benchmarks/grid.py on one thread of an AMD EPYC 9005 (torch 2.13, MKL and oneDNN), where MKL uses no
 // AVX-512: on other CPUs `matmul` may come up to `wgrad` for float32 and float64. The choice of the norm hardly feels
 // that, since a weight gradient of its own is then as fast by either product. A CPU with matrix units (AMX) multiplies
-// bfloat16 faster than is said here. float16 has no fast matrix product on that CPU. The CUDA row is a guess from the
-// kernels' structure (plain fused multiply-adds beside tensor cores) until it is measured.
+// bfloat16 faster than is said here. float16 has no fast matrix product on that CPU. The CUDA rows are guesses from the
+// kernels' structure, not measured: tensor cores for half types, fused multiply-adds for the rest.
 constexpr Speeds speeds(DType dtype, Machine machine) {
   const bool half = dtype == DType::kBFloat16 || dtype == DType::kFloat16;
   const double width = dtype == DType::kFloat64 ? 0.5 : 1.0;
   const double matmul = dtype == DType::kFloat16 ? 8 : 95 * width;
   switch (machine) {
     case Machine::kCuda:
-      return half ? Speeds{600, 10, 10, 10, 32} : Speeds{50, 10, 10, 10, 32};
+      return half ? Speeds{700e3, 550e3, 500e3, 400e3, 64}
+                  : Speeds{45e3 * width, 35e3 * width, 30e3 * width, 30e3 * width, 32};
     case Machine::kCpuAvx512Bf16:
       if (dtype == DType::kBFloat16) return Speeds{410, 375, 350, 300, 32};
       [[fallthrough]];

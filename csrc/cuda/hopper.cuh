@@ -45,22 +45,24 @@ inline bool make_tensor_map(TensorMap& map, core::DType dtype, const void* data,
     if (stride <= 0 || stride % 8 != 0) return false;
   }
   if (reinterpret_cast<uintptr_t>(data) % 16 != 0) return false;
-  void* encode = nullptr;
-  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found) !=
-          cudaSuccess ||
-      found != cudaDriverEntryPointSuccess) {
-    return false;
-  }
+  static const auto encode = [] {  // a function of the driver, which is not linked
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    const bool there = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(there ? function : nullptr);
+  }();
+  if (encode == nullptr) return false;
   const cuuint64_t extent[3] = {static_cast<cuuint64_t>(sizes[2]), static_cast<cuuint64_t>(sizes[1]),
                                 static_cast<cuuint64_t>(sizes[0])};
   const cuuint64_t bytes[2] = {static_cast<cuuint64_t>(strides[1]) * 2, static_cast<cuuint64_t>(strides[0]) * 2};
   const cuuint32_t box[3] = {64, static_cast<cuuint32_t>(box_rows), 1}, steps[3] = {1, 1, 1};
-  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode)(
-             &map, dtype == core::DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-             3, const_cast<void*>(data), extent, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return encode(&map,
+                dtype == core::DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3,
+                const_cast<void*>(data), extent, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 // A barrier in shared memory, whose phase ends when as many threads have arrived as it was told to expect, and all

@@ -13,12 +13,13 @@ Tensor conv_sqnorm_cuda(const Tensor& x,  // (B, R, c, *size)
                         const Tensor& b,  // (B, R, d, *out)
                         const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
                         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
-  const CheckedConvolution checked =
-      checked_convolution("conv_sqnorm", x, b, {kernel, stride, padding, dilation, groups});
+  const CheckedConvolution checked = checked_convolution(
+      "conv_sqnorm", channels_last(x, groups), channels_last(b, groups), {kernel, stride, padding, dilation, groups});
+  const core::Convolution convolution = as_set(checked.convolution);
   const CudaContext context(x);
-  Tensor sqnorm = ::torch::stable::new_empty(x, {x.size(0)}, accumulation_type(checked.convolution.dtype));
-  Tensor workspace = workspace_like(x, cuda::conv_sqnorm_workspace(checked.convolution));
-  check_launch("conv_sqnorm", cuda::launch_conv_sqnorm(checked.convolution, sqnorm.mutable_data_ptr(),
+  Tensor sqnorm = ::torch::stable::new_empty(x, {x.size(0)}, accumulation_type(convolution.dtype));
+  Tensor workspace = workspace_like(x, cuda::conv_sqnorm_workspace(convolution));
+  check_launch("conv_sqnorm", cuda::launch_conv_sqnorm(convolution, sqnorm.mutable_data_ptr(),
                                                        workspace.mutable_data_ptr(), context.stream()));
   return sqnorm;  // (B,)
 }

@@ -17,13 +17,15 @@ std::tuple<Tensor, Tensor> conv_wgrad_sqnorm_cuda(const Tensor& x,  // (B, R, c,
                                                   const std::vector<int64_t>& padding,
                                                   const std::vector<int64_t>& dilation, int64_t groups) {
   const ConvArguments arguments{kernel, stride, padding, dilation, groups};
-  const CheckedConvolution checked = checked_convolution("conv_wgrad_sqnorm", x, b, arguments);
+  const CheckedConvolution checked =
+      checked_convolution("conv_wgrad_sqnorm", channels_last(x, groups), channels_last(b, groups), arguments);
+  const core::Convolution convolution = as_set(checked.convolution);
   const CudaContext context(x);
-  Tensor wgrad = ::torch::stable::new_empty(x, weight_shape(checked.convolution, arguments), x.scalar_type());
-  Tensor sqnorm = ::torch::stable::new_empty(x, {x.size(0)}, accumulation_type(checked.convolution.dtype));
-  Tensor workspace = workspace_like(x, cuda::conv_wgrad_sqnorm_workspace(checked.convolution));
+  Tensor wgrad = ::torch::stable::new_empty(x, weight_shape(convolution, arguments), x.scalar_type());
+  Tensor sqnorm = ::torch::stable::new_empty(x, {x.size(0)}, accumulation_type(convolution.dtype));
+  Tensor workspace = workspace_like(x, cuda::conv_wgrad_sqnorm_workspace(convolution));
   check_launch("conv_wgrad_sqnorm",
-               cuda::launch_conv_wgrad_sqnorm(checked.convolution, wgrad.mutable_data_ptr(), sqnorm.mutable_data_ptr(),
+               cuda::launch_conv_wgrad_sqnorm(convolution, wgrad.mutable_data_ptr(), sqnorm.mutable_data_ptr(),
                                               workspace.mutable_data_ptr(), context.stream()));
   return {wgrad, sqnorm};  // (d, c / groups, *kernel), (B,)
 }

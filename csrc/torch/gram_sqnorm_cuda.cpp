@@ -10,10 +10,11 @@ namespace {
 Tensor gram_sqnorm_cuda(const Tensor& a,    // (B, T, p)
                         const Tensor& b) {  // (B, T, d)
   const CheckedOperands checked = checked_operands("gram_sqnorm", a, b);
+  const core::Operands operands = as_set(checked.operands);
   const CudaContext context(a);
-  Tensor sqnorm = ::torch::stable::new_empty(a, {a.size(0)}, accumulation_type(checked.operands.dtype));
-  Tensor workspace = workspace_like(a, cuda::gram_sqnorm_workspace(checked.operands));
-  check_launch("gram_sqnorm", cuda::launch_gram_sqnorm(checked.operands, sqnorm.mutable_data_ptr(),
+  Tensor sqnorm = ::torch::stable::new_empty(a, {a.size(0)}, accumulation_type(operands.dtype));
+  Tensor workspace = workspace_like(a, cuda::gram_sqnorm_workspace(operands));
+  check_launch("gram_sqnorm", cuda::launch_gram_sqnorm(operands, sqnorm.mutable_data_ptr(),
                                                        workspace.mutable_data_ptr(), context.stream()));
   return sqnorm;  // (B,)
 }

@@ -12,14 +12,15 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> wgrad_moments_cuda(const Tensor& a,    // (B, T, p)
                                                       const Tensor& b) {  // (B, T, d)
   const CheckedOperands checked = checked_operands("wgrad_moments", a, b);
+  const core::Operands operands = as_set(checked.operands);
   const CudaContext context(a);
-  const ScalarType wide = accumulation_type(checked.operands.dtype);
+  const ScalarType wide = accumulation_type(operands.dtype);
   Tensor wgrad = ::torch::stable::new_empty(a, {b.size(2), a.size(2)}, a.scalar_type());
   Tensor squares = ::torch::stable::new_empty(a, {b.size(2), a.size(2)}, wide);
   Tensor sqnorm = ::torch::stable::new_empty(a, {a.size(0)}, wide);
-  Tensor workspace = workspace_like(a, cuda::wgrad_moments_workspace(checked.operands));
+  Tensor workspace = workspace_like(a, cuda::wgrad_moments_workspace(operands));
   check_launch("wgrad_moments",
-               cuda::launch_wgrad_moments(checked.operands, wgrad.mutable_data_ptr(), squares.mutable_data_ptr(),
+               cuda::launch_wgrad_moments(operands, wgrad.mutable_data_ptr(), squares.mutable_data_ptr(),
                                           sqnorm.mutable_data_ptr(), workspace.mutable_data_ptr(), context.stream()));
   return {wgrad, squares, sqnorm};  // (d, p), (d, p), (B,)
 }
