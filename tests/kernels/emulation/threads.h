@@ -19,6 +19,7 @@
 #include <functional>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #if !defined(__x86_64__)
@@ -41,6 +42,7 @@ inline Dimensions thread_index, block_index, block_size, grid_size;
 enum class Order { kForwards, kBackwards, kShuffled };
 inline Order order = Order::kForwards;
 inline int64_t max_blocks = INT64_MAX;  // fewer blocks than asked for, to see kernels stride
+inline bool hopper = true;              // whether the device is one
 inline std::mt19937 generator(0);
 
 constexpr int kMaxThreads = 1024, kLanes = 32, kWarpgroup = 128;
@@ -223,6 +225,11 @@ struct Collective {
   int arrived = 0;
   uint32_t generation = 0;
   void* operands[kWarpgroup];
+
+  // A warp group's asynchronous products, each with the number of groups that were committed before it.
+  std::vector<std::pair<int, std::function<void()>>> products;
+  int groups = 0;
+  bool begun = false;
 };
 inline Collective warps[kMaxThreads / kLanes], warpgroups[kMaxThreads / kWarpgroup];
 
@@ -297,9 +304,10 @@ inline void run_block() {
       if (!progress) fail_by_deadlock();
       continue;
     }
-    const auto event = std::move(late.front());
-    late.pop_front();
-    event();
+    const auto event = late.begin() + (order == Order::kShuffled ? chance(static_cast<int>(late.size())) : 0);
+    const std::function<void()> happen = std::move(*event);
+    late.erase(event);
+    happen();
   }
   while (!late.empty()) {
     late.front()();
