@@ -182,10 +182,12 @@ inline bool run_warp(int warp) {
 
 [[noreturn]] inline void fail_by_deadlock() {
   std::printf("threads of a block wait for what never happens:\n");
-  for (int t = 0; t < thread_count; ++t) {
-    const Thread& thread = threads[static_cast<size_t>(t)];
-    std::printf("  thread %d %s%s\n", t, thread.finished ? "has finished" : "waits for ",
-                thread.finished ? "" : thread.waits_for);
+  const auto what = [](int t) {
+    return threads[static_cast<size_t>(t)].finished ? "" : threads[static_cast<size_t>(t)].waits_for;
+  };
+  for (int first = 0, last; first < thread_count; first = last) {
+    for (last = first + 1; last < thread_count && std::strcmp(what(last), what(first)) == 0;) ++last;
+    std::printf("  threads %d to %d: %s\n", first, last - 1, what(first)[0] == '\0' ? "finished" : what(first));
   }
   fail("divergence");
 }
