@@ -1,7 +1,4 @@
-"""The compiled half, looked at from outside: its C++ tests, what ptxas says, who includes whom, and which symbols it leaves open.
-
-The kernels are built once more, with tests, in ``build/tests``; a second run reuses what is there.
-"""
+"""The compiled half, looked at from outside: its C++ tests, what ptxas says, who includes whom, and which symbols it leaves open."""
 
 from __future__ import annotations
 
@@ -22,26 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import resources
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build" / "tests"
 OPS = "affine_sqnorm conv_sqnorm conv_wgrad_sqnorm embedding_sqnorm gram_sqnorm outer_sqnorm row_sqnorm wgrad_moments wgrad_sqnorm".split()
 COMPOSED = ["norm_affine"]  # on CUDA made of other ops
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-
-
-@pytest.fixture(scope="module")
-def build() -> Path:
-    """The build folder, with everything built. ``build.log`` keeps what compilers said, of earlier runs too: what is up to date is not compiled again."""
-    if shutil.which("cmake") is None:
-        pytest.skip("cmake is not on PATH")
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    cuda = "ON" if shutil.which("nvcc") else "OFF"
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / "build.log", "a") as log:
-        configure = ["cmake", "-S", str(ROOT), "-B", str(BUILD), *generator, "-DGHOSTGRAD_TESTS=ON", f"-DGHOSTGRAD_CUDA={cuda}"]
-        for command in (configure, ["cmake", "--build", str(BUILD), "--parallel", str(os.cpu_count())]):
-            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
-            assert done.returncode == 0, (BUILD / "build.log").read_text()[-6000:]
-    return BUILD
 
 
 def ctest_names() -> list[str]:

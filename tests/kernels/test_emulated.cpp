@@ -13,6 +13,7 @@
 
 #include "../core/convolutions.h"
 #include "../core/expect.h"
+#include "core/tiles.h"
 #include "cpu/ops.h"
 #include "cuda/affine_sqnorm.h"
 #include "cuda/conv_sqnorm.h"
@@ -141,21 +142,34 @@ static int64_t extent(const std::vector<int64_t>& sizes, const std::vector<int64
   return last + 1;
 }
 
-// (batch, positions, features), features adjacent, rows padded in one case of two, now and then expanded.
+// (batch, positions, features), features adjacent. Mostly what vectors of 16 bytes and the bulk copy engine take; else
+// padded anyhow, anywhere, now and then expanded.
 template <class S>
 struct Tensor {
+  bool vectors;
   int64_t position_stride, batch_stride;
   Buffer<S> values;
 
   Tensor(Random& random, int64_t B, int64_t T, int64_t n)
-      : position_stride(random.chance(12) ? 0 : n + (random.chance(2) ? random.of({1, 2, 3, 4, 8, 16, 61}) : 0)),
-        batch_stride(random.chance(12) ? 0 : T * position_stride + (random.chance(3) ? random.of({1, 8, 13}) : 0)),
-        values(extent({B, T, n}, {batch_stride, position_stride, 1}), draw_offset(random)) {
+      : vectors(!random.chance(3)),
+        position_stride(draw_stride(random, n)),
+        batch_stride(draw_stride(random, T * position_stride)),
+        values(extent({B, T, n}, {batch_stride, position_stride, 1}),
+               vectors ? kVector * random.below(2) : random.below(9)) {
     for (int64_t i = 0; i < B; ++i) {
       for (int64_t t = 0; t < T; ++t) {
         for (int64_t j = 0; j < n; ++j) values[i * batch_stride + t * position_stride + j] = random.value<S>();
       }
     }
+  }
+
+ private:
+  static constexpr int64_t kVector = 16 / static_cast<int64_t>(sizeof(S));
+
+  int64_t draw_stride(Random& random, int64_t length) const {
+    if (random.chance(16)) return 0;
+    const int64_t stride = length + (random.chance(2) ? random.of<int64_t>({1, 2, 3, 4, 8, 16, 61}) : 0);
+    return vectors ? core::round_up(stride, kVector) : stride;
   }
 };
 
@@ -261,13 +275,16 @@ struct Product {
         a(random, B, T, p),
         b(random, B, T, d),
         wide_a(a.values.widened(tf32)),
-        wide_b(b.values.widened(tf32)) {}
+        wide_b(b.values.widened(tf32)) {
+    emulation::hopper = random.chance(2);
+  }
 
   core::Operands operands() const { return with(a.values.data(), b.values.data(), kDType<S>); }
   core::Operands wide() const { return with(wide_a.data(), wide_b.data(), core::DType::kFloat64); }
   std::string name(const char* op) const {
-    return text(op, kDType<S>,
-                {B, T, p, d, a.batch_stride, a.position_stride, b.batch_stride, b.position_stride, tf32});
+    return text(
+        op, kDType<S>,
+        {B, T, p, d, a.batch_stride, a.position_stride, b.batch_stride, b.position_stride, tf32, emulation::hopper});
   }
 
  private:

@@ -19,6 +19,7 @@
 #include <functional>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #if !defined(__x86_64__)
@@ -41,6 +42,7 @@ inline Dimensions thread_index, block_index, block_size, grid_size;
 enum class Order { kForwards, kBackwards, kShuffled };
 inline Order order = Order::kForwards;
 inline int64_t max_blocks = INT64_MAX;  // fewer blocks than asked for, to see kernels stride
+inline bool hopper = true;              // whether the device is one
 inline std::mt19937 generator(0);
 
 constexpr int kMaxThreads = 1024, kLanes = 32, kWarpgroup = 128;
@@ -180,10 +182,12 @@ inline bool run_warp(int warp) {
 
 [[noreturn]] inline void fail_by_deadlock() {
   std::printf("threads of a block wait for what never happens:\n");
-  for (int t = 0; t < thread_count; ++t) {
-    const Thread& thread = threads[static_cast<size_t>(t)];
-    std::printf("  thread %d %s%s\n", t, thread.finished ? "has finished" : "waits for ",
-                thread.finished ? "" : thread.waits_for);
+  const auto what = [](int t) {
+    return threads[static_cast<size_t>(t)].finished ? "" : threads[static_cast<size_t>(t)].waits_for;
+  };
+  for (int first = 0, last; first < thread_count; first = last) {
+    for (last = first + 1; last < thread_count && std::strcmp(what(last), what(first)) == 0;) ++last;
+    std::printf("  threads %d to %d: %s\n", first, last - 1, what(first)[0] == '\0' ? "finished" : what(first));
   }
   fail("divergence");
 }
@@ -223,6 +227,11 @@ struct Collective {
   int arrived = 0;
   uint32_t generation = 0;
   void* operands[kWarpgroup];
+
+  // A warp group's asynchronous products, each with the number of groups that were committed before it.
+  std::vector<std::pair<int, std::function<void()>>> products;
+  int groups = 0;
+  bool begun = false;
 };
 inline Collective warps[kMaxThreads / kLanes], warpgroups[kMaxThreads / kWarpgroup];
 
@@ -297,9 +306,10 @@ inline void run_block() {
       if (!progress) fail_by_deadlock();
       continue;
     }
-    const auto event = std::move(late.front());
-    late.pop_front();
-    event();
+    const auto event = late.begin() + (order == Order::kShuffled ? chance(static_cast<int>(late.size())) : 0);
+    const std::function<void()> happen = std::move(*event);
+    late.erase(event);
+    happen();
   }
   while (!late.empty()) {
     late.front()();

@@ -43,6 +43,12 @@ inline void perform(const emulation::Copy& copy) {
   std::memset(to + copy.bytes, 0, static_cast<size_t>(copy.room - copy.bytes));
 }
 
+// Whether what may happen at once or later happens at once.
+inline bool early() {
+  return emulation::order == emulation::Order::kBackwards ||
+         (emulation::order == emulation::Order::kShuffled && emulation::chance(2) == 0);
+}
+
 }  // namespace emulated
 
 // It lands at once, or when its thread waits for it, or, in shuffled order, now this and now that.
@@ -54,9 +60,7 @@ inline void copy_async(void* shared, const void* global, int bytes) {
   if (bytes > 0 && reinterpret_cast<uintptr_t>(global) % kBytes != 0) emulation::fail("copy_async: misaligned source");
   emulation::Thread& thread = emulation::threads[static_cast<size_t>(emulation::current)];
   const emulation::Copy copy{shared, global, bytes, kBytes, thread.groups};
-  const bool early = emulation::order == emulation::Order::kBackwards ||
-                     (emulation::order == emulation::Order::kShuffled && emulation::chance(2) == 0);
-  if (early) {
+  if (emulated::early()) {
     emulated::perform(copy);
   } else {
     thread.copies.push_back(copy);
