@@ -189,6 +189,9 @@ def measured() -> list[dict[str, Any]]:
     return [results for results in found if "stages" in results]
 
 
+UNMEASURED = "not yet measured"
+
+
 def decimal(value: float) -> str:
     """Three digits that count."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
@@ -198,6 +201,7 @@ def predictions(machine: Machine = H100, files: list[dict[str, Any]] | None = No
     """Head and rows of the page's table: a measured time stands beside the floor that the measured machine's own copy and products give."""
     files = measured() if files is None else files
     rows = []
+    measurements = [{row["item"]: row for row in results["stages"].get("roofline", {}).get("rows", []) if row["verdict"] == "ok"} for results in files]
     for item in ITEMS.values():
         work = item.total()
         memory, arithmetic = seconds(work, item.dtype, machine)
@@ -210,10 +214,31 @@ def predictions(machine: Machine = H100, files: list[dict[str, Any]] | None = No
             bound,
             decimal(1e6 * max(memory, arithmetic)),
         ]
-        for results in files:
-            times = {found["item"]: found for found in results["stages"].get("roofline", {}).get("rows", []) if found["verdict"] == "ok"}
+        for times in measurements:
             found = times.get(item.name)
-            row.append(f"{decimal(found['us'])} ({found['over_floor']:.2f} x)" if found else "not yet measured")
-        rows.append(row if files else [*row, "not yet measured"])
-    columns = [f"measured, µs, on {results['environment']['device']} (over its own floor)" for results in files] or ["measured"]
+            over = f" ({found['over_floor']:.2f})" if found and found["over_floor"] else ""
+            row.append(f"{decimal(found['us'])}{over}" if found else UNMEASURED)
+        rows.append(row if files else [*row, UNMEASURED])
+    columns = [f"measured, µs, on {results['environment']['device']} (over the floor there)" for results in files] or ["measured"]
     return ["op", "size", "MB", "10⁹ operations", "bound by", f"floor on one {machine.name}, µs", *columns], rows
+
+
+def ceilings(files: list[dict[str, Any]] | None = None) -> list[list[str]]:
+    """Device, copy bandwidth in TB/s, and products in TFLOP/s (bfloat16, TF32, float32), as measured."""
+    rows = []
+    for results in measured() if files is None else files:
+        rates = {row["item"]: row["rate"] / 1e12 for row in results["stages"].get("roofline", {}).get("rows", []) if "rate" in row}
+        columns = ("copy", "product bfloat16", "product tf32", "product float32")
+        rows.append([results["environment"]["device"], *(decimal(rates[name]) if name in rates else UNMEASURED for name in columns)])
+    return rows
+
+
+def training_steps(files: list[dict[str, Any]] | None = None) -> list[list[str]]:
+    """Device, problem, plain step in ms, and the ratios of the null, a step in a tap and norms alone."""
+    rows = []
+    for results in measured() if files is None else files:
+        for row in results["stages"].get("steps", {}).get("rows", []):
+            methods = row.get("methods", {})
+            cells = [f"{methods[name]['ratio']:.3f}" if "ratio" in methods.get(name, {}) else "error" for name in ("null", "tap", "alone")]
+            rows.append([results["environment"]["device"], row["item"], decimal(row["plain_ms"]) if "plain_ms" in row else "error", *cells])
+    return rows

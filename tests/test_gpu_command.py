@@ -115,7 +115,35 @@ def test_floors() -> None:
         "stages": {"roofline": {"rows": [{"item": name, "verdict": "ok", "us": 123.4, "over_floor": 1.5}]}},
     }
     head, rows = predictions(files=[measured])
-    assert head[-1] == "measured, µs, on Abacus (over its own floor)"
-    assert rows[0][-1] == "123 (1.50 x)" and {row[-1] for row in rows[1:]} == {"not yet measured"}
+    assert head[-1] == "measured, µs, on Abacus (over the floor there)"
+    assert rows[0][-1] == "123 (1.50)" and {row[-1] for row in rows[1:]} == {"not yet measured"}
     head, rows = predictions(files=[])
     assert head[-1] == "measured" and {row[-1] for row in rows} == {"not yet measured"}
+
+
+def test_the_page_takes_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import roofline
+    import tables
+    from store import Results
+
+    page = "<!-- table: gpu-measured -->\n<!-- end of table -->"
+    nothing = Results({}, [])
+    monkeypatch.setattr(roofline, "RESULTS", tmp_path)
+    assert "not yet measured." in tables.fill(page, nothing)
+    rows = {
+        "roofline": [{"item": "copy", "verdict": "ok", "us": 1.0, "rate": 3.0e12}, {"item": "product bfloat16", "verdict": "error", "message": "no"}],
+        "steps": [
+            {
+                "item": "mlp float32",
+                "verdict": "ok",
+                "plain_ms": 1.25,
+                "methods": {"null": {"ratio": 1.0}, "tap": {"ratio": 1.034}, "alone": {"verdict": "error"}},
+            }
+        ],
+    }
+    results = {"environment": {"device": "Abacus"}, "stages": {name: {"seconds": 1.0, "rows": found} for name, found in rows.items()}}
+    (tmp_path / "abacus.json").write_text(json.dumps(results))
+    (tmp_path / "cpu.json").write_text(json.dumps({"environment": {}, "rows": []}))  # of another program
+    filled = tables.fill(page, nothing)
+    assert "| Abacus | 3 | not yet measured | not yet measured | not yet measured |" in filled
+    assert "| Abacus | mlp float32 | 1.25 | 1.000 | 1.034 | error |" in filled
