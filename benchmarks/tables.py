@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, from a file of results.
+"""The tables of docs/performance.md, from a file of results; those of GPUs from what benchmarks/gpu.py has left beside it.
 
     python benchmarks/tables.py [--results benchmarks/results/cpu-avx512.json] [--into docs/performance.md]
 
@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import roofline
 from peers import PEERS
 from store import RESULTS, Results, Row
 
@@ -120,8 +121,20 @@ def refusals(results: Results) -> str:
     return "\n".join(f"- {peer}, {' and '.join(problems)}: {reason}" for (peer, reason), problems in reasons.items())
 
 
+def gpu_roofline(_: Results) -> str:
+    return markdown(*roofline.predictions())
+
+
+def gpu_measured(_: Results) -> str:
+    """What benchmarks/gpu.py has measured: the ceilings, and training steps."""
+    if not roofline.measured():
+        return "Ceilings and training steps: not yet measured."
+    ceilings = markdown(["device", "copy, TB/s", "bfloat16, TFLOP/s", "TF32", "float32"], roofline.ceilings())
+    return f"{ceilings}\n\n{markdown(['device', 'problem', 'plain, ms', 'null', 'in a tap', 'norms alone'], roofline.training_steps())}"
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
-    f.__name__.replace("_", "-"): f for f in (environment, ours, compiled, peers, peers_two_threads, memory, refusals)
+    f.__name__.replace("_", "-"): f for f in (environment, ours, compiled, peers, peers_two_threads, memory, refusals, gpu_roofline, gpu_measured)
 }
 
 
