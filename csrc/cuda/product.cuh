@@ -8,13 +8,11 @@
 //
 // Two kinds of mathematics, with the same interface:
 //
-//   Fused<A, rows, columns>    float or double by fused multiply-adds. Thread (y, x) of 16 x 16 owns rows 4 y to 4 y +
-//   3
-//                              and columns 4 x to 4 x + 3 of each 64. kRun products in a row, then the run is added to
-//                              a total: blockwise summation, whose error grows with kRun + K / kRun and not with K.
-//   Matrix<S, rows, columns>   tensor cores, float32 sums: S is BFloat16, Float16 or TF32. Each of 2 x 4 warps owns
-//   rows
-//                              / 2 x columns / 4 of the tile, in fragments of 16 x 8 (primitives.cuh).
+// - Fused<A, rows, columns>: float or double, by fused multiply-adds. Thread (y, x) of 16 x 16 owns rows 4 y to 4 y + 3
+//   and columns 4 x to 4 x + 3 of each 64. kRun products in a row, then the run is added to a total: blockwise
+//   summation, whose error grows with kRun + K / kRun and not with K.
+// - Matrix<S, rows, columns>: tensor cores with float32 sums; S is BFloat16, Float16 or TF32. Each of 2 x 4 warps owns
+//   rows / 2 x columns / 4 of the tile, in fragments of 16 x 8 (primitives.cuh).
 //
 // Each thread's sums are an array of kSums; row(i) and column(i) say where in the tile sum i is.
 #pragma once

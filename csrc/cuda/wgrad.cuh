@@ -5,13 +5,11 @@
 // One run holds the whole batch unless the matrix has fewer tiles than a GPU wants blocks.
 //
 // A kernel says what happens at the start of such a unit, after each of its samples, when the tile of G_i is in the
-// registers of the block's threads, and at its end. Who multiplies is one of three kinds of mathematics: Fused and
-// Matrix (product.cuh), and on Hopper
+// registers of the block's threads, and at its end. Fused and Matrix (product.cuh) multiply, and on Hopper
 //
-//   Warpgroups<S, columns>   warp-group products of half types, whose operands the bulk copy engine brings. Threads 0
-//   to
-//                            255 are two warp groups that own 64 x columns of a tile of 128 x columns; one thread of a
-//                            third issues the copies, kStages of kStep positions ahead, across samples and units.
+// - Warpgroups<S, columns>: warp-group products of half types, whose operands the bulk copy engine brings. Threads 0 to
+//   255 are two warp groups that own 64 x columns each of a tile of 128 x columns; one thread of a third issues the
+//   copies, kStages of kStep positions ahead, across samples and units.
 #pragma once
 
 #include <optional>
