@@ -1,5 +1,5 @@
-// conv_sqnorm on CUDA: outer_sqnorm.cu with the tiles of conv_product.cuh.
-#include "cuda/conv_product.cuh"
+// conv_sqnorm on CUDA: outer_sqnorm.cu with the tiles of conv_product.cuh, or by conv_groups.cuh.
+#include "cuda/conv_groups.cuh"
 #include "cuda/conv_sqnorm.h"
 #include "cuda/reduce.cuh"
 
@@ -32,13 +32,19 @@ ConvTiling outer_tiling(const core::Convolution& o) {
 
 template <class S>
 int64_t workspace_of(const core::Convolution& o) {
+  if (small_groups(o)) return o.batch * o.groups * int64_t{sizeof(double)};
   return o.batch * partials_of(outer_tiling<S>(o).tiles) * static_cast<int64_t>(sizeof(double));
 }
 
 template <class S>
 cudaError_t run(const core::Convolution& o, void* sqnorm, void* workspace, cudaStream_t stream) {
+  using Element = typename Math<S>::Element;
   const ConvTiling tiling = outer_tiling<S>(o);
   double* partial = static_cast<double*>(workspace);
+  if (small_groups(o)) {
+    GHOSTGRAD_TRY(launch_conv_groups<Element>(o, group_runs_of(o), static_cast<Element*>(nullptr), partial, stream));
+    return launch_add_partials(partial, o.batch, o.groups, static_cast<typename Math<S>::Sum*>(sqnorm), stream);
+  }
   if (tiling.tiles * tiling.runs > 0) {
     const Launch shape{grid_for(tiling.tiles * tiling.runs), kThreads, kSharedBytes<Math<S>, Adjacent::kOuter>};
     GHOSTGRAD_TRY(launch(conv_sqnorm_kernel<S>, shape, stream, o, tiling, partial));

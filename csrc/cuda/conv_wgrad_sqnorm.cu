@@ -1,5 +1,5 @@
-// conv_wgrad_sqnorm on CUDA: wgrad_sqnorm.cu with the tiles of conv_product.cuh.
-#include "cuda/conv_product.cuh"
+// conv_wgrad_sqnorm on CUDA: wgrad_sqnorm.cu with the tiles of conv_product.cuh, or by conv_groups.cuh.
+#include "cuda/conv_groups.cuh"
 #include "cuda/conv_wgrad_sqnorm.h"
 #include "cuda/reduce.cuh"
 
@@ -38,32 +38,46 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
+// How the batch is cut into runs, and partial sums of a sample's squares.
+template <class S>
+int64_t runs_of(const core::Convolution& o) {
+  return small_groups(o) ? group_runs_of(o).count : conv_tiling_of<Math<S>>(o).runs;
+}
+template <class S>
+int64_t partials_of(const core::Convolution& o) {
+  return small_groups(o) ? o.groups : partials_of(conv_tiling_of<Math<S>>(o).tiles);
+}
+
 template <class S>
 int64_t workspace_of(const core::Convolution& o) {
+  const int64_t runs = runs_of<S>(o), elements = runs > 1 ? runs * o.elements() : 0;
+  return o.batch * partials_of<S>(o) * int64_t{sizeof(double)} + elements * int64_t{sizeof(typename Math<S>::Sum)};
+}
+
+template <class S, class Out>
+cudaError_t launch_into(const core::Convolution& o, Out* wgrad, double* partial, cudaStream_t stream) {
+  if (small_groups(o)) {
+    return launch_conv_groups<typename Math<S>::Element>(o, group_runs_of(o), wgrad, partial, stream);
+  }
   const ConvTiling tiling = conv_tiling_of<Math<S>>(o);
-  const int64_t elements = tiling.runs > 1 ? tiling.runs * o.elements() : 0;
-  return o.batch * partials_of(tiling.tiles) * static_cast<int64_t>(sizeof(double)) +
-         elements * static_cast<int64_t>(sizeof(typename Math<S>::Sum));
+  const Launch shape{grid_for(tiling.units()), kThreads, kSharedBytes<Math<S>, Adjacent::kOuter>};
+  return launch(conv_wgrad_sqnorm_kernel<S, Out>, shape, stream, o, tiling, wgrad, partial);
 }
 
 template <class S>
 cudaError_t run(const core::Convolution& o, void* wgrad, void* sqnorm, void* workspace, cudaStream_t stream) {
-  using Element = typename Math<S>::Element;
   using A = typename Math<S>::Sum;
-  const ConvTiling tiling = conv_tiling_of<Math<S>>(o);
-  double* partial = static_cast<double*>(workspace);                                   // (B, tiles, warps)
-  A* run_wgrad = reinterpret_cast<A*>(partial + o.batch * partials_of(tiling.tiles));  // one per run, if runs > 1
-  Element* total = static_cast<Element*>(wgrad);
-  if (o.elements() > 0) {
-    const Launch shape{grid_for(tiling.tiles * tiling.runs), kThreads, kSharedBytes<Math<S>, Adjacent::kOuter>};
-    if (tiling.runs == 1) {
-      GHOSTGRAD_TRY(launch(conv_wgrad_sqnorm_kernel<S, Element>, shape, stream, o, tiling, total, partial));
-    } else {
-      GHOSTGRAD_TRY(launch(conv_wgrad_sqnorm_kernel<S, A>, shape, stream, o, tiling, run_wgrad, partial));
-      GHOSTGRAD_TRY(launch_add_runs(run_wgrad, tiling.runs, o.elements(), total, stream));
-    }
+  const int64_t runs = runs_of<S>(o), partials = partials_of<S>(o);
+  double* partial = static_cast<double*>(workspace);                  // (B, partials)
+  A* run_wgrad = reinterpret_cast<A*>(partial + o.batch * partials);  // one per run, if runs > 1
+  auto* total = static_cast<typename Math<S>::Element*>(wgrad);
+  if (o.elements() > 0 && runs == 1) {
+    GHOSTGRAD_TRY((launch_into<S>(o, total, partial, stream)));
+  } else if (o.elements() > 0) {
+    GHOSTGRAD_TRY((launch_into<S>(o, run_wgrad, partial, stream)));
+    GHOSTGRAD_TRY(launch_add_runs(run_wgrad, runs, o.elements(), total, stream));
   }
-  return launch_add_partials(partial, o.batch, partials_of(tiling.tiles), static_cast<A*>(sqnorm), stream);
+  return launch_add_partials(partial, o.batch, partials, static_cast<A*>(sqnorm), stream);
 }
 
 }  // namespace

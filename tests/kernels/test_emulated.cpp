@@ -471,6 +471,11 @@ static convolutions::Case draw_convolution(Random& random) {
   return c;
 }
 
+// Small groups are multiplied without tensor cores (conv_groups.cuh), so their operands are never rounded.
+static bool rounds(const core::Convolution& o, bool tf32) {
+  return tf32 && !(o.groups > 1 && o.elements() <= 128 * o.groups);
+}
+
 template <class S>
 struct Convolution {
   bool tf32;
@@ -484,8 +489,8 @@ struct Convolution {
         wide(convolutions::convolution(c, core::DType::kFloat64)),
         x(random, convolutions::x_elements(o), draw_offset(random)),
         b(random, convolutions::b_elements(o), draw_offset(random)),
-        wide_x(x.widened(tf32)),
-        wide_b(b.widened(tf32)) {
+        wide_x(x.widened(rounds(o, tf32))),
+        wide_b(b.widened(rounds(o, tf32))) {
     o.tf32 = tf32;
     o.x = x.data();
     o.b = b.data();
