@@ -67,7 +67,7 @@ FAULTS = [
 def outcome(build: Path, folder: Path, op: str, sanitized: bool, kernels: Path) -> subprocess.CompletedProcess[str]:
     """The emulated test of ``op``, with its kernel compiled from the sources in ``kernels``."""
     suffix = "_sanitized" if sanitized else ""
-    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fsanitize-sections=shared_memory"] if sanitized else []
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if sanitized else []
     includes = [f"-I{path}" for path in (ROOT / "tests" / "kernels" / "emulation", kernels.parent, ROOT / "csrc")]
     command = [
         "g++",

@@ -1,15 +1,17 @@
-// What csrc/cuda/primitives.cuh promises, checked wherever it runs: by g++ on a CPU with emulation/, by nvcc on a GPU.
-// That both pass is what makes the emulation's word on the kernels worth something.
+// What csrc/cuda/primitives.cuh and hopper.cuh promise, checked wherever it runs: by g++ on a CPU with emulation/, by
+// nvcc on a GPU. That both pass is what makes the emulation's word on the kernels worth something.
 //
 // Elements are small integers, so sums are exact in any order and results are compared for equality.
 #include <cstdio>
 #include <cstring>
 #include <random>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../core/expect.h"
 #include "core/dtype.h"
+#include "cuda/hopper.cuh"
 #include "cuda/primitives.cuh"
 
 using namespace ghostgrad;
@@ -178,6 +180,75 @@ void test_to_tf32() {
   }
 }
 
+// Hopper: d (64, kColumns) = a^T b for boxes of matrix 1 of two arrays, from (row, column) on and partly outside.
+constexpr int kBox = 64, kRow = 3, kColumn = 5, kBoxBytes = kBox * kBox * 2;
+
+template <class S, int kColumns>
+__global__ void __launch_bounds__(128)
+    box_kernel(const __grid_constant__ cuda::TensorMap a, const __grid_constant__ cuda::TensorMap b, float* d) {
+  unsigned char* stage = cuda::dynamic_shared();
+  __shared__ cuda::Barrier full;
+  if (threadIdx.x == 0) {
+    cuda::init_barrier(full, 1);
+    cuda::publish_barriers();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    cuda::arrive_and_expect(full, (1 + kColumns / kBox) * kBoxBytes);
+    cuda::copy_box(stage, a, 1, kRow, kColumn, full);
+    for (int box = 0; box < kColumns / kBox; ++box) {
+      cuda::copy_box(stage + (1 + box) * kBoxBytes, b, 1, kRow, kColumn + box * kBox, full);
+    }
+  }
+  cuda::wait_for_phase(full, false);
+  float sums[kColumns / 2];
+  cuda::begin_products();
+#pragma unroll
+  for (int k = 0; k < kBox; k += 16) {
+    cuda::multiply_boxes<S>(sums, stage + k * 128, stage + kBoxBytes + k * 128, kBoxBytes, k > 0);
+  }
+  cuda::commit_products();
+  cuda::wait_for_products<0>(sums);
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+#pragma unroll
+  for (int i = 0; i < kColumns / 2; ++i) {
+    d[(warp * 16 + lane / 4 + i % 4 / 2 * 8) * kColumns + i / 4 * 8 + lane % 4 * 2 + i % 2] = sums[i];
+  }
+}
+
+template <class S, int kColumns>
+void test_boxes() {
+  constexpr int64_t kRows = 40, kWidth = kColumns, kStride = kWidth + 8;
+  std::mt19937 generator(1);
+  Shared<S> a(2 * kRows * kStride), b(a.count);
+  Shared<float> d(kBox * kColumns);
+  for (Shared<S>* x : {&a, &b}) {
+    for (int64_t i = 0; i < 2 * kRows * kStride; ++i) {
+      if (i % kStride < kWidth) (*x)[static_cast<size_t>(i)] = store<S>(static_cast<int>(generator() % 17) - 8);
+    }
+  }
+  const auto value = [&](Shared<S>& x, int64_t row, int64_t column) {
+    if (row >= kRows || column >= kWidth) return 0.0f;
+    return core::to_accumulation(x[static_cast<size_t>((kRows + row) * kStride + column)]);
+  };
+  const core::DType dtype = std::is_same_v<S, core::BFloat16> ? core::DType::kBFloat16 : core::DType::kFloat16;
+  cuda::TensorMap a_map, b_map;
+  for (auto [map, x] : {std::pair{&a_map, &a}, std::pair{&b_map, &b}}) {
+    EXPECT(cuda::make_tensor_map(*map, dtype, x->data, {2, kRows, kWidth}, {kRows * kStride, kStride}, kBox));
+  }
+  EXPECT(cuda::launch(box_kernel<S, kColumns>, cuda::Launch{1, 128, (1 + kColumns / kBox) * kBoxBytes}, nullptr, a_map,
+                      b_map, d.data) == cudaSuccess);
+  EXPECT(cudaDeviceSynchronize() == cudaSuccess);
+  for (int r = 0; r < kBox; ++r) {
+    for (int c = 0; c < kColumns; ++c) {
+      float truth = 0;
+      for (int k = 0; k < kBox; ++k) truth += value(a, kRow + k, kColumn + r) * value(b, kRow + k, kColumn + c);
+      const float got = d[static_cast<size_t>(r * kColumns + c)];
+      EXPECT(got == truth, "(%d, %d): %g, not %g", r, c, static_cast<double>(got), static_cast<double>(truth));
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -194,5 +265,10 @@ int main() {
   test_copy_async<8>();
   test_copy_async<16>();
   test_to_tf32();
+  if (cuda::has_warpgroups()) {
+    test_boxes<core::BFloat16, 128>();
+    test_boxes<core::BFloat16, 192>();
+    test_boxes<core::Float16, 256>();
+  }
   return failures != 0;
 }

@@ -13,7 +13,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static __attribute__((section("shared_memory")))
+#define __shared__ static thread_local  // threads.h says why
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))

@@ -9,6 +9,8 @@
 // the threads wait for each other and the program ends with the list of what they wait for.
 #pragma once
 
+#include <link.h>
+
 #include <algorithm>
 #include <cstdarg>
 #include <cstdint>
@@ -19,6 +21,7 @@
 #include <functional>
 #include <numeric>
 #include <random>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -194,30 +197,41 @@ inline bool run_warp(int warp) {
 
 // --- shared memory ---
 
-// `__shared__` puts variables into a section of their own; the linker says where it is. It knows one kind of variable
-// per section, so functions with such variables belong to unnamed namespaces.
-extern "C" char __start_shared_memory[] __attribute__((weak));
-extern "C" char __stop_shared_memory[] __attribute__((weak));
-
-struct Dynamic {
-  unsigned char* memory = nullptr;
+// `__shared__` makes variables thread_local, and a grid runs on a thread of its own: the program's thread-local memory
+// there is the block's static shared memory, and nobody else's.
+struct Memory {
+  unsigned char* data = nullptr;
   size_t bytes = 0;
 };
-inline Dynamic dynamic;
+inline Memory static_shared, dynamic_shared;
 
-inline bool is_shared(const void* address, size_t bytes) {
-  const auto inside = [&](const void* from, const void* to) {
-    const uintptr_t at = reinterpret_cast<uintptr_t>(address);
-    return at >= reinterpret_cast<uintptr_t>(from) && at + bytes <= reinterpret_cast<uintptr_t>(to);
-  };
-  return inside(__start_shared_memory, __stop_shared_memory) || inside(dynamic.memory, dynamic.memory + dynamic.bytes);
+inline Memory thread_local_memory() {
+  Memory result;
+  dl_iterate_phdr(
+      [](dl_phdr_info* program, size_t, void* to) {
+        for (int i = 0; i < program->dlpi_phnum; ++i) {
+          if (program->dlpi_phdr[i].p_type != PT_TLS) continue;
+          *static_cast<Memory*>(to) = {static_cast<unsigned char*>(program->dlpi_tls_data),
+                                       static_cast<size_t>(program->dlpi_phdr[i].p_memsz)};
+        }
+        return 1;  // the program comes first, libraries after it
+      },
+      &result);
+  return result;
 }
 
-// NaN everywhere, so that what is read before it is written shows. The address sanitizer's red zones in between are
-// overwritten too, which it must not see; it keeps no data there.
-__attribute__((no_sanitize("address", "undefined"))) inline void poison_shared() {
-  for (volatile char* at = __start_shared_memory; at < __stop_shared_memory; ++at) *at = -1;
-  std::fill_n(dynamic.memory, dynamic.bytes, 0xff);
+inline bool is_shared(const void* address, size_t bytes) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(address);
+  const auto inside = [&](const Memory& memory) {
+    const uintptr_t from = reinterpret_cast<uintptr_t>(memory.data);
+    return at >= from && at + bytes <= from + memory.bytes;
+  };
+  return inside(static_shared) || inside(dynamic_shared);
+}
+
+// NaN everywhere, so that what is read before it is written shows.
+inline void poison_shared() {
+  for (const Memory& memory : {static_shared, dynamic_shared}) std::fill_n(memory.data, memory.bytes, 0xff);
 }
 
 // --- what threads do together ---
@@ -330,19 +344,23 @@ void run_grid(int blocks, int block_threads, int shared_bytes, void (*kernel)(Pa
   body = [&] { kernel(static_cast<Parameters>(arguments)...); };
   constexpr size_t kAlignment = 1024;
   const size_t room = (static_cast<size_t>(shared_bytes) + kAlignment) / kAlignment * kAlignment;
-  dynamic = {static_cast<unsigned char*>(std::aligned_alloc(kAlignment, room)), static_cast<size_t>(shared_bytes)};
+  dynamic_shared = {static_cast<unsigned char*>(std::aligned_alloc(kAlignment, room)),
+                    static_cast<size_t>(shared_bytes)};
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_poison_memory_region(dynamic.memory + dynamic.bytes, room - dynamic.bytes);
+  __asan_poison_memory_region(dynamic_shared.data + dynamic_shared.bytes, room - dynamic_shared.bytes);
 #endif
-  for (unsigned block = 0; block < grid_size.x; ++block) {
-    block_index.x = order == Order::kBackwards ? grid_size.x - 1 - block : block;
-    run_block();
-  }
+  std::thread([] {
+    static_shared = thread_local_memory();
+    for (unsigned block = 0; block < grid_size.x; ++block) {
+      block_index.x = order == Order::kBackwards ? grid_size.x - 1 - block : block;
+      run_block();
+    }
+  }).join();
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(dynamic.memory, room);
+  __asan_unpoison_memory_region(dynamic_shared.data, room);
 #endif
-  std::free(dynamic.memory);
-  dynamic = {};
+  std::free(dynamic_shared.data);
+  dynamic_shared = static_shared = {};
 }
 
 }  // namespace emulation

@@ -25,7 +25,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Launch& shape, cudaStrea
   return cudaSuccess;
 }
 
-inline unsigned char* dynamic_shared() { return emulation::dynamic.memory; }
+inline unsigned char* dynamic_shared() { return emulation::dynamic_shared.data; }
 
 // --- asynchronous copies, sm_80 ---
 
