@@ -49,11 +49,17 @@ GHOSTGRAD_HD float to_accumulation(BFloat16 value) { return float_from_bits(stat
 // 2^112 repairs it, exactly, for normal and subnormal numbers alike. Infinity and NaN (exponent all ones) keep their
 // exponent instead.
 GHOSTGRAD_HD float to_accumulation(Float16 value) {
+#if defined(__CUDA_ARCH__)  // one instruction
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+  return wide;
+#else
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
   const uint32_t finite = bits_from_float(float_from_bits(magnitude) * 0x1p112f);
   const uint32_t special = magnitude | 0x7f800000u;
   return float_from_bits(sign | (magnitude >= 0x0f800000u ? special : finite));
+#endif
 }
 
 // Rounds to nearest, ties to even, as PyTorch's casts do.
@@ -63,13 +69,24 @@ GHOSTGRAD_HD T from_accumulation(accumulation_t<T> value) {
 }
 template <>
 GHOSTGRAD_HD BFloat16 from_accumulation<BFloat16>(float value) {
+#if defined(__CUDA_ARCH__)
+  BFloat16 narrow;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(value));
+  return narrow;
+#else
   const uint32_t bits = bits_from_float(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u)
     return BFloat16{static_cast<uint16_t>((bits >> 16) | 0x40u)};  // NaN stays NaN
   return BFloat16{static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+#endif
 }
 template <>
 GHOSTGRAD_HD Float16 from_accumulation<Float16>(float value) {
+#if defined(__CUDA_ARCH__)
+  Float16 narrow;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(value));
+  return narrow;
+#else
   const uint32_t bits = bits_from_float(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -86,6 +103,7 @@ GHOSTGRAD_HD Float16 from_accumulation<Float16>(float value) {
     half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   }
   return Float16{static_cast<uint16_t>(sign | half)};
+#endif
 }
 
 }  // namespace ghostgrad::core

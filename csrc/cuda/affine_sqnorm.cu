@@ -1,181 +1,83 @@
 // affine_sqnorm on CUDA: gradients of a scale and a shift, summed over the batch and their squared norms, bound by
 // reading the operands once.
 //
-// A block owns a tile of kChannels = 32 channels for a run of samples. With the channels adjacent in memory a lane owns
-// a channel and the block's eight warps take turns at the positions; with positions adjacent a warp owns a channel at a
-// time and its lanes take turns at the positions. Either way neighbours read neighbours, a thread adds at most kAtOnce
-// products in the accumulation type before its sum moves on to float64, and the sums meet in shared memory (4 KiB),
-// where the first warp makes the sample's gradient of them: one lane, one channel. It squares them, adds the lanes and
-// writes partial (B, tiles), and keeps the total of its channel in a register. Runs of samples write totals of their
-// own to the workspace, which a second kernel adds in order. No atomics: the same inputs give the same bits.
+// The sums, and how they are added, are those of affine_sums.cuh. With the channels adjacent a tile is what a warp
+// reads at once, 512 bytes of a position, and each thread has four positions of 16 bytes of b and x on their way to
+// shared memory; of fewer channels a team is a part of a warp. With the positions adjacent a thread has four times 16
+// bytes of both in flight, in registers. Where rows of channels do not all begin at 16 bytes, a thread owns as many
+// channels, one element each.
 #include "core/storage.h"
 #include "cuda/affine_sqnorm.h"
-#include "cuda/reduce.cuh"
+#include "cuda/affine_sums.cuh"
 
 namespace ghostgrad::cuda {
 namespace {
 
-constexpr int kChannels = 32;
-constexpr int kAtOnce = 64;
-constexpr int64_t kUnits = 4096;  // blocks wanted; as many totals of a tile, 512 bytes each
+constexpr int kStages = 4;
 
-struct Shape {
-  int64_t tiles, run_length, runs;
-};
-
-Shape shape_of(const core::Affine& o) {
-  const int64_t tiles = core::ceil_div(o.channels, kChannels);
-  const int64_t wanted = core::minimum(o.batch, core::maximum(1, kUnits / core::maximum(1, tiles)));
-  const int64_t run_length = core::maximum(1, core::ceil_div(o.batch, core::maximum(1, wanted)));
-  return Shape{tiles, run_length, core::ceil_div(o.batch, run_length)};
-}
-
-struct Sums {
-  double scale = 0.0, shift = 0.0;
-};
-
-// Adds to `sums` this thread's share of the positions of one channel of one sample: those of its lane along memory, at
-// position `before` of the others, or those of its warp along the dimension before the channels.
-template <class S>
-__device__ __forceinline__ void sum_positions(const core::Affine& o, int64_t sample, int64_t before, int64_t channel,
-                                              bool adjacent, Sums& sums) {
-  using A = core::accumulation_t<S>;
-  const int64_t count = adjacent ? o.after : o.before, group = channel * o.groups / o.channels;
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int step = adjacent ? 32 : kWarps;
-  const int64_t b_stride = adjacent ? 1 : o.b_before_stride, x_stride = adjacent ? 1 : o.x_before_stride;
-  const int64_t mean_stride = adjacent ? 0 : o.mean_before_stride, rstd_stride = adjacent ? 0 : o.rstd_before_stride;
-  const S* b = static_cast<const S*>(o.b) + sample * o.b_batch_stride + before * o.b_before_stride +
-               channel * o.b_channel_stride;
-  const S* x = static_cast<const S*>(o.x) + sample * o.x_batch_stride + before * o.x_before_stride +
-               channel * o.x_channel_stride;
-  const A* mean = static_cast<const A*>(o.mean) + sample * o.mean_batch_stride + before * o.mean_before_stride +
-                  group * o.mean_group_stride;
-  const A* rstd = static_cast<const A*>(o.rstd) + sample * o.rstd_batch_stride + before * o.rstd_before_stride +
-                  group * o.rstd_group_stride;
-  for (int64_t from = adjacent ? lane : warp; from < count; from += kAtOnce * step) {
-    const int64_t to = core::minimum(count, from + kAtOnce * step);
-    A scale = A(0), shift = A(0);
-#pragma unroll 4
-    for (int64_t p = from; p < to; p += step) {
-      const A gradient = core::to_accumulation(b[p * b_stride]);
-      shift += gradient;
-      if (o.scaled) {
-        A value = core::to_accumulation(x[p * x_stride]);
-        if (o.mean != nullptr) value -= mean[p * mean_stride];
-        if (o.rstd != nullptr) value *= rstd[p * rstd_stride];
-        scale += value * gradient;
-      }
-    }
-    sums.scale += static_cast<double>(scale);
-    sums.shift += static_cast<double>(shift);
-  }
+template <class S, bool kAligned, int kForm, bool kOneGroup>
+__global__ void __launch_bounds__(kThreads, (kAligned && kOneGroup) ? 4 : 1)
+    affine_sqnorm_kernel(const core::Normalisation n, const RowPlan plan, const Sums<core::accumulation_t<S>> out) {
+  sum_rows<S, 1, kAligned, kStages, kForm, kOneGroup>(n, plan, {}, out);
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads) affine_sqnorm_kernel(const core::Affine o, const Shape shape,
-                                                                 double* __restrict__ scale_partial,  // (B, tiles)
-                                                                 double* __restrict__ shift_partial,
-                                                                 double* __restrict__ scale_total,  // (runs, d) or null
-                                                                 double* __restrict__ shift_total) {
-  __shared__ double scales[kWarps][kChannels], shifts[kWarps][kChannels];
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const bool adjacent = o.after != 1;
-  for (int64_t unit = blockIdx.x; unit < shape.tiles * shape.runs; unit += gridDim.x) {
-    const int64_t tile = unit % shape.tiles, run = unit / shape.tiles;
-    const int64_t channel = tile * kChannels + lane;
-    Sums total;
-    const int64_t last = core::minimum((run + 1) * shape.run_length, o.batch);
-    for (int64_t sample = run * shape.run_length; sample < last; ++sample) {
-      for (int c = adjacent ? warp : lane; c < kChannels; c += adjacent ? kWarps : kChannels) {
-        Sums sums;
-        const int64_t outer = adjacent ? o.before : 1;
-        for (int64_t before = 0; before < outer && tile * kChannels + c < o.channels; ++before) {
-          sum_positions<S>(o, sample, before, tile * kChannels + c, adjacent, sums);
-        }
-        if (adjacent) {
-          sums.scale = warp_sum(sums.scale);
-          sums.shift = warp_sum(sums.shift);
-        }
-        if (!adjacent || lane == 0) {
-          scales[adjacent ? 0 : warp][c] = sums.scale;
-          shifts[adjacent ? 0 : warp][c] = sums.shift;
-        }
-      }
-      __syncthreads();
-      if (warp == 0) {
-        Sums gradient;
-        for (int w = 0; w < (adjacent ? 1 : kWarps); ++w) {
-          gradient.scale += scales[w][lane];
-          gradient.shift += shifts[w][lane];
-        }
-        total.scale += gradient.scale;
-        total.shift += gradient.shift;
-        const double scale = warp_sum(gradient.scale * gradient.scale);
-        const double shift = warp_sum(gradient.shift * gradient.shift);
-        if (lane == 0) {
-          scale_partial[sample * shape.tiles + tile] = scale;
-          shift_partial[sample * shape.tiles + tile] = shift;
-        }
-      }
-      __syncthreads();  // nobody overwrites the sums before the first warp has read them
-    }
-    if (shift_total != nullptr && warp == 0 && channel < o.channels) {
-      scale_total[run * o.channels + channel] = total.scale;
-      shift_total[run * o.channels + channel] = total.shift;
-    }
-  }
+RowPlan plan_of(const core::Affine& o) {
+  return row_plan<S, 1, kStages>(o, power_of_two(core::ceil_div(o.channels, kVector<S>), 32), kThreads);
 }
 
-// A thread owns one channel at a time and adds its runs in order.
-template <class A>
-__global__ void __launch_bounds__(kThreads) add_totals(const double* __restrict__ run_total,  // (runs, d)
-                                                       int64_t runs, int64_t channels,
-                                                       A* __restrict__ total) {  // (d,)
-  const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; c < channels; c += threads) {
-    double sum = 0.0;
-    for (int64_t run = 0; run < runs; ++run) sum += run_total[run * channels + c];
-    total[c] = static_cast<A>(sum);
+template <class S, bool kAligned>
+cudaError_t launch_rows(const core::Normalisation& n, const RowPlan& plan, const Sums<core::accumulation_t<S>>& sums,
+                        cudaStream_t stream) {
+  const Launch shape = plan.launch();
+  if (!n.affine.scaled) return launch(affine_sqnorm_kernel<S, kAligned, kShift, true>, shape, stream, n, plan, sums);
+  if (n.affine.groups == 1) {
+    return launch(affine_sqnorm_kernel<S, kAligned, kScale, true>, shape, stream, n, plan, sums);
   }
-}
-
-template <class A>
-cudaError_t finish(const core::Affine& o, const Shape& shape, const double* partial, const double* run_total,
-                   void* total, void* sqnorm, cudaStream_t stream) {
-  if (total != nullptr && o.channels > 0) {
-    const int grid = grid_for(core::ceil_div(o.channels, kThreads));
-    GHOSTGRAD_TRY(launch(add_totals<A>, Launch{grid, kThreads}, stream, run_total, shape.runs, o.channels,
-                         static_cast<A*>(total)));
-  }
-  return launch_add_partials(partial, o.batch, shape.tiles, static_cast<A*>(sqnorm), stream);
+  return launch(affine_sqnorm_kernel<S, kAligned, kScale, false>, shape, stream, n, plan, sums);
 }
 
 template <class S>
 cudaError_t run(const core::Affine& o, const core::AffineResults& results, void* workspace, cudaStream_t stream) {
   using A = core::accumulation_t<S>;
-  const Shape shape = shape_of(o);
-  const bool total = results.shift != nullptr;
-  double* scale_partial = static_cast<double*>(workspace);  // (B, tiles)
-  double* shift_partial = scale_partial + o.batch * shape.tiles;
-  double* scale_total = shift_partial + o.batch * shape.tiles;  // (runs, d)
-  double* shift_total = scale_total + shape.runs * o.channels;
-  if (o.batch * shape.tiles > 0) {
-    GHOSTGRAD_TRY(launch(affine_sqnorm_kernel<S>, Launch{grid_for(shape.tiles * shape.runs), kThreads}, stream, o,
-                         shape, scale_partial, shift_partial, total ? scale_total : nullptr,
-                         total ? shift_total : nullptr));
+  if (!countable(o)) return cudaErrorInvalidValue;
+  if (o.after == 1) {
+    const RowPlan plan = plan_of<S>(o);
+    Sums<A> sums = sums_in<A>(workspace, o, plan.units, plan.tiles, results);
+    if (plan.own && results.shift == nullptr) sums.shift = sums.scale = nullptr;
+    if (plan.tiles * plan.units > 0) {
+      const core::Normalisation n{o, nullptr, nullptr, 0, 0};
+      if (rows_aligned(n, sizeof(S))) {
+        GHOSTGRAD_TRY((launch_rows<S, true>(n, plan, sums, stream)));
+      } else {
+        GHOSTGRAD_TRY((launch_rows<S, false>(n, plan, sums, stream)));
+      }
+    }
+    return finish(o, sums, plan.units, plan.own, plan.pieces, plan.tiles, results, stream);
   }
-  if (o.scaled) {
-    GHOSTGRAD_TRY(finish<A>(o, shape, scale_partial, scale_total, results.scale, results.scale_sqnorm, stream));
+  const PixelPlan plan = pixel_plan<S>(o);
+  const int64_t units = plan.units(o);
+  const Sums<A> sums = sums_in<A>(workspace, o, units, 0, results);
+  if (units * o.channels > 0) {
+    GHOSTGRAD_TRY(o.scaled ? launch(pixel_sums_kernel<S, true>, plan.launch(o), stream, o, plan, sums)
+                           : launch(pixel_sums_kernel<S, false>, plan.launch(o), stream, o, plan, sums));
   }
-  return finish<A>(o, shape, shift_partial, shift_total, results.shift, results.shift_sqnorm, stream);
+  return finish(o, sums, units, false, o.before * plan.pieces, 0, results, stream);
+}
+
+template <class S>
+int64_t workspace_bytes(const core::Affine& o) {
+  using A = core::accumulation_t<S>;
+  if (o.after != 1) return sums_bytes<A>(o, pixel_plan<S>(o).units(o), 0);
+  const RowPlan plan = plan_of<S>(o);
+  return sums_bytes<A>(o, plan.units, plan.tiles);
 }
 
 }  // namespace
 
 int64_t affine_sqnorm_workspace(const core::Affine& affine) {
-  const Shape shape = shape_of(affine);
-  return 2 * (affine.batch * shape.tiles + shape.runs * affine.channels) * static_cast<int64_t>(sizeof(double));
+  GHOSTGRAD_FOR_DTYPE(affine.dtype, workspace_bytes, affine)
+  return 0;
 }
 
 cudaError_t launch_affine_sqnorm(const core::Affine& affine, const core::AffineResults& results, void* workspace,

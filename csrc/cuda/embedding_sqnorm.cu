@@ -4,25 +4,37 @@
 // bitonic order, in shared memory up to kSorted = 2048 positions (24 KiB), in the workspace beyond, by the same code.
 // It leaves the sorted positions, and at the start of each run its length.
 //
-// Then a block owns kPlaces = 64 places of a sample's sorted order and kColumns = 128 columns of b at a time. Each of
-// its eight warps takes every eighth place; where a run starts the warp adds the run's rows, a lane four columns 32
-// apart, neighbours reading neighbours, and squares the sums. At most kDepth = 256 rows are added in the accumulation
-// type, then sums move on to float64. Squares are added in float64 over the block and thread 0 writes them: partial (B,
-// pieces). A third kernel adds a sample's partials. No atomics: same inputs, same bits.
+// Then a block owns kPlaces = 64 places of a sample's sorted order and a tile of columns of b at a time: what a team of
+// threads, up to a warp, reads as vectors of 16 bytes. The teams take turns at the places; where a run starts, a team
+// adds the run's rows and squares the sums. It has four places in flight, since most runs are a single row. At most
+// kDepth = 256 rows are added in the accumulation type, then sums move on to float64. Squares are added in float64 over
+// the block and thread 0 writes them: partial (B, pieces). A third kernel adds a sample's partials. Where rows do not
+// all begin at 16 bytes, a thread owns as many columns, one element each. No atomics: same inputs, same bits.
 #include "core/storage.h"
 #include "cuda/embedding_sqnorm.h"
 #include "cuda/reduce.cuh"
+#include "cuda/vector.cuh"
 
 namespace ghostgrad::cuda {
 namespace {
 
 constexpr int64_t kSorted = 2048;
-constexpr int64_t kPlaces = 64, kColumns = 128;
-constexpr int kPerLane = kColumns / 32;
+constexpr int64_t kPlaces = 64;
 constexpr int kDepth = 256;
 
-int64_t column_tiles(const core::Picks& picks) { return core::ceil_div(picks.features, kColumns); }
-int64_t pieces_of(const core::Picks& picks) { return core::ceil_div(picks.positions, kPlaces) * column_tiles(picks); }
+// The cut of b's columns: teams of `lanes` threads, with a vector each.
+struct Columns {
+  int lanes;
+  int64_t tiles;
+};
+Columns columns_of(const core::Picks& picks) {
+  const int64_t bytes = element_bytes(picks.dtype), vectors = core::ceil_div(picks.features * bytes, 16);
+  const int lanes = power_of_two(vectors, 32);
+  return Columns{lanes, core::ceil_div(vectors, lanes)};
+}
+int64_t pieces_of(const core::Picks& picks) {
+  return core::ceil_div(picks.positions, kPlaces) * columns_of(picks).tiles;
+}
 
 // The whole block sorts `count` pairs by token. A bitonic network all of whose comparisons point upwards: the first
 // step of each merge compares mirror images. What lies past the end counts as larger than everything, so it stays there
@@ -86,41 +98,77 @@ __global__ void __launch_bounds__(kThreads) sort_tokens(const core::Picks picks,
   }
 }
 
-template <class S>
-__global__ void __launch_bounds__(kThreads)
-    embedding_sqnorm_kernel(const core::Picks picks, int64_t pieces, int64_t column_tiles,
+template <class S, bool kAligned>
+__global__ void __launch_bounds__(kThreads, 1)
+    embedding_sqnorm_kernel(const core::Picks picks, const Columns columns, int64_t pieces,
                             const int32_t* __restrict__ position,  // (B, T)
                             const int32_t* __restrict__ length,    // (B, T)
                             double* __restrict__ partial) {        // (B, pieces)
   using A = core::accumulation_t<S>;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  using Vector = Pack<S, kVector<S>>;
+  constexpr int kAtOnce = 4;
+  const int lanes = columns.lanes, teams = kThreads / lanes;
+  const int team = static_cast<int>(threadIdx.x) / lanes, lane = static_cast<int>(threadIdx.x) % lanes;
   for (int64_t unit = blockIdx.x; unit < picks.batch * pieces; unit += gridDim.x) {
-    const int64_t sample = unit / pieces, piece = unit % pieces;
-    const int64_t first = piece / column_tiles * kPlaces, last = core::minimum(first + kPlaces, picks.positions);
-    const int64_t column = piece % column_tiles * kColumns + lane;
-    const S* b = static_cast<const S*>(picks.b) + sample * picks.b_batch_stride + column;
-    const int32_t* rows = position + sample * picks.positions;
-    double squares = 0.0;
-    for (int64_t place = first + warp; place < last; place += kWarps) {
-      const int32_t count = length[sample * picks.positions + place];
-      if (count == 0) continue;
-      double total[kPerLane] = {};
-      for (int32_t done = 0; done < count; done += kDepth) {
-        const int32_t depth = count - done < kDepth ? count - done : kDepth;
-        A sums[kPerLane] = {};
-#pragma unroll 4
-        for (int32_t r = 0; r < depth; ++r) {
-          const S* row = b + rows[place + done + r] * picks.b_position_stride;
+    const int64_t sample = quotient(unit, pieces), piece = unit - sample * pieces;
+    const int64_t strip = quotient(piece, columns.tiles), first = strip * kPlaces;
+    const int places = static_cast<int>(core::minimum(kPlaces, picks.positions - first));
+    const int64_t column = (piece - strip * columns.tiles) * lanes * kVector<S> + lane * (kAligned ? kVector<S> : 1);
+    const S* b = static_cast<const S*>(picks.b) + sample * picks.b_batch_stride;
+    const int32_t* rows = position + sample * picks.positions + first;
+    const int32_t* counts = length + sample * picks.positions + first;
+    const auto read = [&](int32_t row) {
+      const S* at = b + row * picks.b_position_stride + column;
+      Vector vector{};
+      if constexpr (kAligned) {
+        if (column < picks.features) vector = load<kVector<S>>(at);
+      } else {
 #pragma unroll
-          for (int v = 0; v < kPerLane; ++v) {
-            if (column + 32 * v < picks.features) sums[v] += core::to_accumulation(row[32 * v]);
+        for (int e = 0; e < kVector<S>; ++e) {
+          if (column + e * lanes < picks.features) vector.element[e] = at[e * lanes];
+        }
+      }
+      return vector;
+    };
+    double squares = 0.0;
+    for (int place = team; place < places; place += kAtOnce * teams) {
+      int32_t count[kAtOnce], row[kAtOnce];
+      Vector vectors[kAtOnce];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int at = place + u * teams;
+        count[u] = at < places ? counts[at] : 0;
+        row[u] = at < places ? rows[at] : 0;
+      }
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) vectors[u] = count[u] > 0 ? read(row[u]) : Vector{};
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        if (count[u] == 0) continue;
+        A sums[kVector<S>];
+#pragma unroll
+        for (int e = 0; e < kVector<S>; ++e) sums[e] = core::to_accumulation(vectors[u].element[e]);
+        double total[kVector<S>] = {};
+        for (int32_t from = 1; from < count[u]; from += kDepth) {
+          const int32_t to = count[u] - from < kDepth ? count[u] : from + kDepth;
+#pragma unroll 2
+          for (int32_t r = from; r < to; ++r) {
+            const Vector next = read(rows[place + u * teams + r]);
+#pragma unroll
+            for (int e = 0; e < kVector<S>; ++e) sums[e] += core::to_accumulation(next.element[e]);
+          }
+#pragma unroll
+          for (int e = 0; e < kVector<S>; ++e) {
+            total[e] += static_cast<double>(sums[e]);
+            sums[e] = A(0);
           }
         }
 #pragma unroll
-        for (int v = 0; v < kPerLane; ++v) total[v] += static_cast<double>(sums[v]);
+        for (int e = 0; e < kVector<S>; ++e) {
+          const double sum = total[e] + static_cast<double>(sums[e]);
+          squares += sum * sum;
+        }
       }
-#pragma unroll
-      for (int v = 0; v < kPerLane; ++v) squares += total[v] * total[v];
     }
     const double sum = block_sum(squares);
     if (threadIdx.x == 0) partial[unit] = sum;
@@ -144,8 +192,12 @@ cudaError_t run(const core::Picks& picks, void* sqnorm, void* workspace, cudaStr
     } else {
       GHOSTGRAD_TRY(launch(sort_tokens<false>, Launch{grid, kThreads}, stream, picks, token, position, length));
     }
-    GHOSTGRAD_TRY(launch(embedding_sqnorm_kernel<S>, Launch{grid_for(picks.batch * pieces), kThreads}, stream, picks,
-                         pieces, column_tiles(picks), position, length, partial));
+    const Launch shape{grid_for(picks.batch * pieces), kThreads};
+    const int64_t strides = picks.b_batch_stride | picks.b_position_stride | picks.features;
+    const auto kernel = (strides * static_cast<int64_t>(sizeof(S)) | address(picks.b)) % 16 == 0
+                            ? embedding_sqnorm_kernel<S, true>
+                            : embedding_sqnorm_kernel<S, false>;
+    GHOSTGRAD_TRY(launch(kernel, shape, stream, picks, columns_of(picks), pieces, position, length, partial));
   }
   return launch_add_partials(partial, picks.batch, pieces, static_cast<core::accumulation_t<S>*>(sqnorm), stream);
 }

@@ -641,8 +641,9 @@ def norm_affine(
     Returns:
         The gradient of ``x`` (B, T, d, S) in its dtype, its positions before its samples in memory where ``x`` has them so, and :class:`AffineGrads`.
 
-    Memory: d elements per thread, and at most 16 totals of d. Cost: on a CPU, reading ``b`` and ``x`` and writing the gradient once; on CUDA, PyTorch's own
-    kernel for the gradient of ``x`` and :func:`affine_sqnorm`. Same inputs on the same machine give the same bits, on any number of threads.
+    Memory: on a CPU, d elements per thread, and at most 16 totals of d; on CUDA, two rows of d per piece of a sample, a few hundredths of ``b``. Cost: reading
+    ``b`` and ``x`` and writing the gradient once; on CUDA, rows of more than 8192 channels (fewer in float64 or unaligned) and groups of more than
+    48 KiB are read twice. Same inputs on the same machine give the same bits, on any number of threads.
 
     Raises:
         ValueError: shapes or devices do not agree.

@@ -31,11 +31,11 @@ _TYPES = {"f": "float32", "d": "float64", "8BFloat16": "bfloat16", "7Float16": "
 def readable(symbol: str) -> str:
     """``..._sqnorm_kernelIfE...`` as ``..._sqnorm_kernel<float32>``: the name and the first template argument are all that tells our kernels apart."""
     # A kernel in an unnamed namespace: _ZN9ghostgrad4cuda<length>_GLOBAL__N__...<length><name>I<arguments>E...
-    match = re.search(r"\d+([a-z][a-z_]*?)I((?:f|d|Lb[01]E|NS_4core(?:8BFloat16|7Float16)E|S\w*_)+)E", symbol)
+    match = re.search(r"\d+([a-z][a-z_]*?)I((?:f|d|Lb[01]E|Li\d+E|NS_4core(?:8BFloat16|7Float16)E|S\w*_)+)E", symbol)
     if match is None:
         return symbol
-    arguments = re.findall(r"8BFloat16|7Float16|S\w*?_|Lb[01]E|f|d", re.sub(r"NS_4core|(?<=16)E", "", match.group(2)))
-    return f"{match.group(1)}<{', '.join(_TYPES.get(argument, 'same') for argument in arguments)}>"
+    arguments = re.findall(r"8BFloat16|7Float16|S\w*?_|Lb[01]E|Li\d+E|f|d", re.sub(r"NS_4core|(?<=16)E", "", match.group(2)))
+    return f"{match.group(1)}<{', '.join(_TYPES.get(argument) or argument[2:-1] if argument != 'S' else 'same' for argument in arguments)}>"
 
 
 def parse(log: str) -> list[Resources]:

@@ -20,6 +20,7 @@
 #include "cuda/conv_wgrad_sqnorm.h"
 #include "cuda/embedding_sqnorm.h"
 #include "cuda/gram_sqnorm.h"
+#include "cuda/norm_affine.h"
 #include "cuda/outer_sqnorm.h"
 #include "cuda/row_sqnorm.h"
 #include "cuda/wgrad_moments.h"
@@ -701,6 +702,153 @@ static void test_affine_sqnorm(Random& random, int number) {
   });
 }
 
+// Layer norms if `after` is 1, group and instance norms else; rows and groups that are held, and such that are too
+// long.
+template <class S>
+static void test_norm_affine(Random& random, int number) {
+  using A = core::accumulation_t<S>;
+  constexpr int64_t kVector = 16 / sizeof(S);
+  struct Case {
+    int64_t B, before, d, after, groups;
+  };
+  const Case always[] = {{2, 5, 96 * kVector, 1, 1},
+                         {1, 3, 520 * kVector, 1, 1},
+                         {1, 2, (sizeof(S) == 4 ? 2050 : 1026) * kVector, 1, 1},
+                         {1, 2, 513 * kVector + 1, 1, 1},
+                         {3, 150, 8, 1, 1},
+                         {300, 1, 24, 1, 1},
+                         {70, 3, 24, 1, 3},
+                         {2, 1, 6, 2600 * kVector, 2},
+                         {2, 2, 16, 64, 4},
+                         {3, 1, 5, 1000, 5},
+                         {0, 3, 4, 1, 2},
+                         {2, 0, 4, 1, 1},
+                         {2, 0, 4, 3, 2},
+                         {2, 3, 0, 1, 1},
+                         {2, 1, 4, 0, 2}};
+  constexpr int kAlways = static_cast<int>(sizeof(always) / sizeof(Case));
+  Case c = number < kAlways ? always[number] : Case{1 + random.below(4), random.size(70), 1 + random.below(140), 1, 1};
+  if (number >= kAlways && random.chance(2)) {
+    c.before = 1 + random.below(3);
+    c.after = 2 + random.size(130);
+  }
+  if (number >= kAlways && (c.after != 1 || random.chance(4))) {
+    do c.groups = 1 + random.below(c.d);
+    while (c.d % c.groups != 0);
+  }
+  const bool last = c.after == 1, weighted = random.chance(2);
+  const int64_t rows = last ? c.before : c.before * c.d, length = last ? c.d : c.after;
+  const Tensor<S> b(random, c.B, rows, length), x(random, c.B, rows, length);
+  const int64_t statistics = c.before * c.groups, image = c.d * c.after;
+  const Buffer<A> mean(random, c.B * statistics), rstd(random, c.B * statistics);
+  const Buffer<A> weight(random, weighted ? c.d : 0, draw_offset(random));
+  const Buffer<double> wide_b = b.values.widened(), wide_x = x.values.widened(), wide_mean = mean.widened(),
+                       wide_rstd = rstd.widened(), wide_weight = weight.widened();
+  const bool positions_first = random.chance(3);  // of the gradient
+  const int64_t offset = draw_offset(random);
+  const auto normalisation = [&](const void* b_data, const void* x_data, const void* mean_data, const void* rstd_data,
+                                 const void* weight_data, void* gradient, core::DType dtype) {
+    core::Normalisation n{};
+    core::Affine& o = n.affine;
+    o.b = b_data;
+    o.scaled = true;
+    o.x = x_data;
+    o.mean = mean_data;
+    o.rstd = rstd_data;
+    o.dtype = dtype;
+    o.batch = c.B;
+    o.before = c.before;
+    o.channels = c.d;
+    o.after = c.after;
+    o.groups = c.groups;
+    o.b_batch_stride = b.batch_stride;
+    o.b_before_stride = last ? b.position_stride : c.d * b.position_stride;
+    o.b_channel_stride = last ? 1 : b.position_stride;
+    o.x_batch_stride = x.batch_stride;
+    o.x_before_stride = last ? x.position_stride : c.d * x.position_stride;
+    o.x_channel_stride = last ? 1 : x.position_stride;
+    o.mean_batch_stride = o.rstd_batch_stride = statistics;
+    o.mean_before_stride = o.rstd_before_stride = c.groups;
+    o.mean_group_stride = o.rstd_group_stride = 1;
+    n.weight = weighted ? weight_data : nullptr;
+    n.gradient = gradient;
+    n.batch_stride = positions_first ? image : c.before * image;
+    n.before_stride = positions_first ? c.B * image : image;
+    return n;
+  };
+
+  // Terms of the sums are at most 2 in magnitude; those of the gradient at most 4.
+  const double elements = static_cast<double>(c.before * c.after), channels = static_cast<double>(c.d);
+  const double of_sample = 2 * elements * (sizeof(A) == 8 ? 1e-15 : 1e-6);
+  const double of_total = of_sample * static_cast<double>(c.B);
+  Buffer<double> gradient(c.B * c.before * image), true_scale(c.d), true_scale_sqnorm(c.B), true_shift(c.d),
+      true_shift_sqnorm(c.B);
+  cpu::norm_affine(
+      normalisation(wide_b.data(), wide_x.data(), wide_mean.data(), wide_rstd.data(), wide_weight.data(),
+                    gradient.data(), core::DType::kFloat64),
+      core::AffineResults{true_scale.data(), true_scale_sqnorm.data(), true_shift.data(), true_shift_sqnorm.data()},
+      cpu::serial(), cpu::capability());
+  const auto total_tolerance = [&](double value) { return of_total + kRounding<A> * std::fabs(value); };
+  const auto norm_tolerance = [&](double norm) {
+    return 2 * std::sqrt(norm * channels) * of_sample + channels * of_sample * of_sample + 1e-7 * norm;
+  };
+  Expected expected;
+  expected.add(gradient,
+               [](double value) { return 1.01 * kRounding<S> * std::fabs(value) + (sizeof(A) == 8 ? 1e-14 : 3e-6); });
+  expected.add(true_scale_sqnorm, norm_tolerance);
+  expected.add(true_shift_sqnorm, norm_tolerance);
+  expected.add(true_scale, total_tolerance);
+  expected.add(true_shift, total_tolerance);
+
+  const std::string name =
+      text("norm_affine", kDType<S>, {c.B, c.before, c.d, c.after, c.groups, weighted, positions_first, offset});
+  check(name, expected, [&](std::vector<double>& results) {
+    Buffer<S> got(c.B * c.before * image, offset);
+    const core::Normalisation n =
+        normalisation(b.values.data(), x.values.data(), mean.data(), rstd.data(), weight.data(), got.data(), kDType<S>);
+    Buffer<A> scale(c.d), scale_sqnorm(c.B), shift(c.d), shift_sqnorm(c.B);
+    const core::AffineResults to{scale.data(), scale_sqnorm.data(), shift.data(), shift_sqnorm.data()};
+    const cudaError_t error =
+        cuda::launch_norm_affine(n, to, Workspace(cuda::norm_affine_workspace(n)).data(), nullptr);
+    append(results, got);
+    append(results, scale_sqnorm);
+    append(results, shift_sqnorm);
+    append(results, scale);
+    append(results, shift);
+    return error;
+  });
+}
+
+// An infinity in one sample's gradients: its norms and the totals are not finite, and no other sample knows.
+static void test_infinity_norm_affine() {
+  for (const int64_t after : {1, 40}) {
+    Random random(1);
+    const int64_t B = 3, T = 5, d = 40, image = d * after;
+    Buffer<float> b(random, B * T * image), x(random, B * T * image), mean(random, B * T), rstd(random, B * T);
+    b[2 * T * image - 1] = INFINITY;  // the last element of sample 1
+    core::Normalisation n{};
+    core::Affine& o = n.affine;
+    o = {b.data(), true, x.data(), mean.data(), rstd.data(), core::DType::kFloat32, B, T, d, after, 1};
+    o.b_batch_stride = o.x_batch_stride = n.batch_stride = T * image;
+    o.b_before_stride = o.x_before_stride = n.before_stride = image;
+    o.b_channel_stride = o.x_channel_stride = after;
+    o.mean_batch_stride = o.rstd_batch_stride = T;
+    o.mean_before_stride = o.rstd_before_stride = 1;
+    Buffer<float> gradient(B * T * image), scale(d), scale_sqnorm(B), shift(d), shift_sqnorm(B);
+    n.gradient = gradient.data();
+    const core::AffineResults to{scale.data(), scale_sqnorm.data(), shift.data(), shift_sqnorm.data()};
+    EXPECT(cuda::launch_norm_affine(n, to, Workspace(cuda::norm_affine_workspace(n)).data(), nullptr) == cudaSuccess);
+    for (int64_t e = 0; e < gradient.count(); ++e) {
+      const int64_t row = e / image;
+      EXPECT(std::isfinite(gradient[e]) == (row != 2 * T - 1), "element %ld", static_cast<long>(e));
+    }
+    for (int64_t i = 0; i < B; ++i) {
+      EXPECT(std::isfinite(scale_sqnorm[i]) == (i != 1) && std::isinf(shift_sqnorm[i]) == (i == 1));
+    }
+    EXPECT(std::isfinite(scale[0]) && !std::isfinite(scale[d - 1]) && std::isinf(shift[d - 1]));
+  }
+}
+
 // --- all of them ---
 
 struct Op {
@@ -717,6 +865,7 @@ static const Op kOps[] = {
     {"conv_wgrad_sqnorm", TESTS(conv_wgrad_sqnorm), 22},
     {"embedding_sqnorm", TESTS(embedding_sqnorm), 16},
     {"gram_sqnorm", TESTS(gram_sqnorm), 20},
+    {"norm_affine", TESTS(norm_affine), 28, test_infinity_norm_affine},
     {"outer_sqnorm", TESTS(outer_sqnorm), 20, test_infinity_outer_sqnorm},
     {"row_sqnorm", TESTS(row_sqnorm), 16},
     {"wgrad_moments", TESTS(wgrad_moments), 20},

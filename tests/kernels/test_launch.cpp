@@ -9,6 +9,7 @@
 #include "cuda/conv_wgrad_sqnorm.h"
 #include "cuda/embedding_sqnorm.h"
 #include "cuda/gram_sqnorm.h"
+#include "cuda/norm_affine.h"
 #include "cuda/outer_sqnorm.h"
 #include "cuda/row_sqnorm.h"
 #include "cuda/wgrad_moments.h"
@@ -39,6 +40,8 @@ int main() {
   affine.channels = 2;
   const core::AffineResults results{nullptr, nullptr, memory.data(), memory.data()};
   EXPECT(cuda::launch_affine_sqnorm(affine, results, memory.data(), nullptr) != cudaSuccess);
+  const core::Normalisation normalisation{affine, nullptr, memory.data(), 2, 2};
+  EXPECT(cuda::launch_norm_affine(normalisation, results, memory.data(), nullptr) != cudaSuccess);
   core::Convolution c{memory.data(),
                       memory.data(),
                       core::DType::kFloat32,
