@@ -93,10 +93,10 @@ def last_lines(text: str, count: int = 12) -> str:
 
 
 class Session:
-    """The stages' common ground: the device, the folder for logs, and the time that is left."""
+    """The stages' common ground: the device and its capability, the folder for logs, and the time that is left."""
 
-    def __init__(self, device: str, minutes: float, stages: list[str], folder: Path):
-        self.device, self.small, self.folder = device, device == "cpu", folder
+    def __init__(self, device: str, minutes: float, stages: list[str], folder: Path, capability: str = "8.0"):
+        self.device, self.small, self.folder, self.capability = device, device == "cpu", folder, capability
         self.start, scale = time.monotonic(), 60 * minutes / sum(SHARES[stage] for stage in stages)
         self.deadlines, total = {}, 0.0
         for stage in stages:
@@ -165,8 +165,21 @@ def count_tests(report: Path) -> Row:
     return {"passed": len(cases) - len(bad) - skipped, "skipped": skipped, "failed": len(bad), "failures": messages}
 
 
+def primitives(session: Session) -> Row:
+    """tests/kernels/test_primitives.cu: whether the hardware does what the emulation says that it does."""
+    arch = "sm_" + session.capability.replace(".", "") + ("a" if session.capability == "9.0" else "")
+    program = str(session.folder / "test_primitives")
+    command = ["nvcc", "-std=c++17", "-O2", "-Icsrc", f"-arch={arch}", "tests/kernels/test_primitives.cu", "-o", program]
+    try:
+        done = run(command, session.folder / "primitives-build.log", 60)
+        done = run([program], session.folder / "primitives.log", 30) if done.status == 0 else done
+    except FileNotFoundError as error:
+        return {"item": "primitives", "verdict": "error", "message": str(error)}
+    return {"item": "primitives", "verdict": "ok" if done.status == 0 else "error", "seconds": round(done.seconds, 1), "message": last_lines(done.output)}
+
+
 def tests(session: Session) -> list[Row]:
-    """Those marked ``cuda``: tests/test_cuda.py first, then the rest of the suite, on several processes if pytest-xdist is installed."""
+    """The primitives; then tests marked ``cuda``: tests/test_cuda.py first, then the rest of the suite, in several processes if pytest-xdist is installed."""
     suites = {"tests/test_cuda.py": ["tests/test_cuda.py"], "the rest": ["tests", "--ignore=tests/test_cuda.py", "--ignore=tests/kernels"]}
     select = ["-m", "cuda"]
     if session.small:
@@ -176,7 +189,7 @@ def tests(session: Session) -> list[Row]:
     )
     workers = ["-n", str(min(6, os.cpu_count() or 1))] if "xdist" in have.output and not session.small else []
     alone = [] if "hypothesis" in have.output else ["--noconftest"]  # all that conftest.py does is to set hypothesis up
-    rows = []
+    rows = [] if session.small else [primitives(session)]
     for i, (name, arguments) in enumerate(suites.items()):
         report = session.folder / f"tests-{i}.xml"
         report.unlink(missing_ok=True)
@@ -228,11 +241,9 @@ def lines_of(stage: str, row: Row) -> list[str]:
     if row["verdict"] not in ("ok", "failed", "time limit"):
         return [f"{row['item']}: {row['verdict']} {row.get('message', '')}"[:300]]
     if stage == "tests":
-        counts = ", ".join(f"{row[key]} {key}" for key in ("passed", "failed", "skipped") if key in row)
-        return [
-            f"{row['item']}: {row['verdict']}, {counts}, {row['seconds']} s",
-            *(f"    {name}: {why}"[:240] for name, why in row.get("failures", {}).items()),
-        ]
+        counts = [f"{row[key]} {key}" for key in ("passed", "failed", "skipped") if key in row]
+        said = ", ".join([row["verdict"], *counts, f"{row['seconds']} s"])
+        return [f"{row['item']}: {said}", *(f"    {name}: {why}"[:240] for name, why in row.get("failures", {}).items())]
     if stage == "roofline":
         rate = f"{row['rate']:.4g} {row['unit']}" if "rate" in row else ""
         floor = f"{row['over_floor']:6.2f} x its floor" if row.get("over_floor") else ""
@@ -292,7 +303,7 @@ def main() -> int:
         before = json.loads(path.read_text())
         if {**before["environment"], "date": ""} == {**here, "date": ""}:  # another torch or driver: its numbers do not belong here
             results["stages"] = before["stages"]
-    session = Session(arguments.device, arguments.minutes, chosen, folder)
+    session = Session(arguments.device, arguments.minutes, chosen, folder, here.get("capability", "8.0"))
     for name in chosen:
         print(f"{name}: {session.left(name):.0f} s at most", flush=True)
         start = time.monotonic()

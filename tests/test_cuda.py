@@ -543,3 +543,24 @@ def test_autocast(name: str, device: str) -> None:
             loss = loss_fn(model(*(t[i : i + 1] for t in inputs)).float(), target[i : i + 1])
         norms.append(sum(g.double().square().sum() for g in torch.autograd.grad(loss, list(model.parameters()))))
     assert relative_error(tap.sqnorms().cpu(), torch.stack(norms).cpu()) < 3e-2
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# What kernels count in 32 bits
+
+
+@on_cuda
+@pytest.mark.parametrize("op", ["outer_sqnorm", "gram_sqnorm", "wgrad_sqnorm", "wgrad_moments"])
+def test_sizes_beyond_32_bits_are_refused(op: str) -> None:
+    one = torch.ones(1, 1, 1, device="cuda")  # expanded, so that nothing of that size exists
+    for a, b in ((one.expand(1, 2**30 + 1, 1),) * 2, (one.expand(2**30 + 1, 1, 1),) * 2):
+        with pytest.raises(RuntimeError, match=r"on CUDA at most 2\^30 samples, positions"):
+            getattr(ops, op)(a, b)
+
+
+@on_cuda
+def test_images_beyond_32_bits_are_refused() -> None:
+    one = torch.ones(1, 1, 1, 1, device="cuda")
+    for op in ("conv_sqnorm", "conv_wgrad_sqnorm"):
+        with pytest.raises(RuntimeError, match=r"on CUDA at most 2\^30 samples, positions of a sample"):
+            getattr(ops, op)(one.expand(1, 1, 1, 2**31), one.expand(1, 1, 1, 2**31), [1], [1], [0], [1], 1)

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/limits.h"
 #include "core/operands.h"
 
 namespace ghostgrad::binding {
@@ -107,6 +108,22 @@ inline CheckedOperands checked_operands(const char* op,
                                     checked.b.stride(0),
                                     checked.b.stride(1)};
   return checked;
+}
+
+// For the CUDA kernels, see core/limits.h.
+inline void check_countable(const char* op, const core::Operands& o) {
+  check(core::countable(o), op,
+        ": on CUDA at most 2^30 samples, positions, in-features and out-features, got B = ", o.batch,
+        ", T = ", o.positions, ", p = ", o.in_features, ", d = ", o.out_features);
+}
+
+inline void check_countable(const char* op, const core::Convolution& c) {
+  check(
+      core::countable(c), op,
+      ": on CUDA at most 2^30 samples, positions of a sample, channels of a group times kernel elements, and elements "
+      "of a dimension with its padding, got ",
+      c.batch, " samples, ", c.runs, " runs of ", c.out[0], " x ", c.out[1], " x ", c.out[2], " positions, ",
+      c.group_channels(), " channels of a group, a kernel of ", c.kernel[0], " x ", c.kernel[1], " x ", c.kernel[2]);
 }
 
 // A weight per sample, in the accumulation dtype of `a` and contiguous.

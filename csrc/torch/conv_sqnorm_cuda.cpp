@@ -16,6 +16,7 @@ Tensor conv_sqnorm_cuda(const Tensor& x,  // (B, R, c, *size)
   const CheckedConvolution checked = checked_convolution(
       "conv_sqnorm", channels_last(x, groups), channels_last(b, groups), {kernel, stride, padding, dilation, groups});
   const core::Convolution convolution = as_set(checked.convolution);
+  check_countable("conv_sqnorm", convolution);
   const CudaContext context(x);
   Tensor sqnorm = ::torch::stable::new_empty(x, {x.size(0)}, accumulation_type(convolution.dtype));
   Tensor workspace = workspace_like(x, cuda::conv_sqnorm_workspace(convolution));

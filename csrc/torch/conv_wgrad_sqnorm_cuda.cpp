@@ -20,6 +20,7 @@ std::tuple<Tensor, Tensor> conv_wgrad_sqnorm_cuda(const Tensor& x,  // (B, R, c,
   const CheckedConvolution checked =
       checked_convolution("conv_wgrad_sqnorm", channels_last(x, groups), channels_last(b, groups), arguments);
   const core::Convolution convolution = as_set(checked.convolution);
+  check_countable("conv_wgrad_sqnorm", convolution);
   const CudaContext context(x);
   Tensor wgrad = ::torch::stable::new_empty(x, weight_shape(convolution, arguments), x.scalar_type());
   Tensor sqnorm = ::torch::stable::new_empty(x, {x.size(0)}, accumulation_type(convolution.dtype));

@@ -11,6 +11,7 @@ Tensor gram_sqnorm_cuda(const Tensor& a,    // (B, T, p)
                         const Tensor& b) {  // (B, T, d)
   const CheckedOperands checked = checked_operands("gram_sqnorm", a, b);
   const core::Operands operands = as_set(checked.operands);
+  check_countable("gram_sqnorm", operands);
   const CudaContext context(a);
   Tensor sqnorm = ::torch::stable::new_empty(a, {a.size(0)}, accumulation_type(operands.dtype));
   Tensor workspace = workspace_like(a, cuda::gram_sqnorm_workspace(operands));

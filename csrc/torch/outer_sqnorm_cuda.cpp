@@ -11,6 +11,7 @@ Tensor outer_sqnorm_cuda(const Tensor& a,    // (B, T, p)
                          const Tensor& b) {  // (B, T, d)
   const CheckedOperands checked = checked_operands("outer_sqnorm", a, b);
   const core::Operands operands = as_set(checked.operands);
+  check_countable("outer_sqnorm", operands);
   const CudaContext context(a);
   Tensor sqnorm = ::torch::stable::new_empty(a, {a.size(0)}, accumulation_type(operands.dtype));
   Tensor workspace = workspace_like(a, cuda::outer_sqnorm_workspace(operands));

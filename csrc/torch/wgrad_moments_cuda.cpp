@@ -13,6 +13,7 @@ std::tuple<Tensor, Tensor, Tensor> wgrad_moments_cuda(const Tensor& a,    // (B,
                                                       const Tensor& b) {  // (B, T, d)
   const CheckedOperands checked = checked_operands("wgrad_moments", a, b);
   const core::Operands operands = as_set(checked.operands);
+  check_countable("wgrad_moments", operands);
   const CudaContext context(a);
   const ScalarType wide = accumulation_type(operands.dtype);
   Tensor wgrad = ::torch::stable::new_empty(a, {b.size(2), a.size(2)}, a.scalar_type());

@@ -15,6 +15,7 @@ std::tuple<Tensor, Tensor> wgrad_sqnorm_cuda(const Tensor& a,                  /
                                              std::optional<Tensor> weights) {  // (B,)
   const CheckedOperands checked = checked_operands("wgrad_sqnorm", a, b);
   const core::Operands operands = as_set(checked.operands);
+  check_countable("wgrad_sqnorm", operands);
   const CudaContext context(a);
   if (weights.has_value()) weights = checked_weights("wgrad_sqnorm", a, *weights);
   Tensor wgrad = ::torch::stable::new_empty(a, {b.size(2), a.size(2)}, a.scalar_type());

@@ -1,8 +1,10 @@
-// Every element is owned by exactly one tile, whatever the sizes.
+// Every element is owned by exactly one tile, whatever the sizes; and what is too large to be counted in 32 bits is
+// seen.
 #include "core/tiles.h"
 
 #include <initializer_list>
 
+#include "core/limits.h"
 #include "expect.h"
 
 using namespace ghostgrad::core;
@@ -45,5 +47,34 @@ int main() {
       }
     }
   }
+  const Operands small{nullptr, nullptr, DType::kFloat32, kCountable, kCountable, kCountable, kCountable, 0, 0, 0, 0};
+  EXPECT(countable(small));
+  for (int64_t Operands::* size :
+       {&Operands::batch, &Operands::positions, &Operands::in_features, &Operands::out_features}) {
+    Operands large = small;
+    ++(large.*size);
+    EXPECT(!countable(large));
+  }
+  const Convolution image{nullptr,   nullptr,   DType::kFloat32, 2,         1,         64,        64, 1,
+                          {1, 9, 9}, {1, 9, 9}, {1, 3, 3},       {1, 1, 1}, {0, 1, 1}, {1, 1, 1}, {}, {}};
+  EXPECT(countable(image));
+  for (int64_t Convolution::* size :
+       {&Convolution::batch, &Convolution::runs, &Convolution::channels, &Convolution::out_channels}) {
+    Convolution large = image;
+    large.*size = kCountable + 1;
+    EXPECT(!countable(large));
+  }
+  for (int64_t (Convolution::*sizes)[3] :
+       {&Convolution::out, &Convolution::kernel, &Convolution::stride, &Convolution::padding, &Convolution::dilation}) {
+    Convolution large = image;
+    (large.*sizes)[1] = kCountable + 1;
+    EXPECT(!countable(large));
+  }
+  Convolution far = image;  // each fits, but not the place that they lead to, or their product
+  far.stride[2] = int64_t{1} << 27;
+  EXPECT(!countable(far));
+  far = image;
+  far.out[0] = far.out[1] = far.out[2] = int64_t{1} << 29;
+  EXPECT(!countable(far));
   return failures;
 }

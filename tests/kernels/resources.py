@@ -1,4 +1,8 @@
-"""Reads what ptxas says about kernels (``nvcc --resource-usage``) and prints it as a table: ``python resources.py build.log``.
+"""What each CUDA kernel needs: registers and memory as ptxas reports them (``nvcc --resource-usage``), threads and dynamic shared memory as its launcher asks
+for them, and how many warps a multiprocessor then holds.
+
+    python tests/kernels/resources.py build/tests            # the table of a build with tests (tests/kernels/test_build.py makes it)
+    python tests/kernels/resources.py build/tests --write    # keep it as tests/kernels/resources.txt
 
 ``cuobjdump`` is not needed. Of a kernel that was compiled several times into one log, the last report counts.
 """
@@ -6,15 +10,18 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+TABLE = Path(__file__).parent / "resources.txt"
 
-class Resources(NamedTuple):
-    """What one kernel needs on one architecture."""
 
-    kernel: str
+class Report(NamedTuple):
+    """What ptxas says of one kernel on one architecture."""
+
+    symbol: str
     arch: str
     registers: int
     shared_bytes: int
@@ -22,25 +29,46 @@ class Resources(NamedTuple):
     spill_bytes: int
 
 
+class Resources(NamedTuple):
+    """A line of the table. Threads, dynamic shared memory and warps of a multiprocessor: "-" where no launcher starts the kernel on this architecture."""
+
+    kernel: str
+    arch: str
+    registers: str
+    shared: str
+    dynamic: str
+    threads: str
+    warps: str
+    stack: str
+    spills: str
+
+
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
-_TYPES = {"f": "float32", "d": "float64", "8BFloat16": "bfloat16", "7Float16": "float16", "Lb1E": "true", "Lb0E": "false"}
+_WORDS = {"float": "float32", "double": "float64", "BFloat16": "bfloat16", "Float16": "float16", "TF32": "tf32"}
 
 
-def readable(symbol: str) -> str:
-    """``..._sqnorm_kernelIfE...`` as ``..._sqnorm_kernel<float32>``: the name and the first template argument are all that tells our kernels apart."""
-    # A kernel in an unnamed namespace: _ZN9ghostgrad4cuda<length>_GLOBAL__N__...<length><name>I<arguments>E...
-    match = re.search(r"\d+([a-z][a-z_]*?)I((?:f|d|Lb[01]E|Li\d+E|NS_4core(?:8BFloat16|7Float16)E|S\w*_)+)E", symbol)
-    if match is None:
-        return symbol
-    arguments = re.findall(r"8BFloat16|7Float16|S\w*?_|Lb[01]E|Li\d+E|f|d", re.sub(r"NS_4core|(?<=16)E", "", match.group(2)))
-    return f"{match.group(1)}<{', '.join(_TYPES.get(argument) or argument[2:-1] if argument != 'S' else 'same' for argument in arguments)}>"
+def readable(symbols: list[str]) -> list[str]:
+    """``..._sqnorm_kernelIfE...`` as ``..._sqnorm_kernel<float32>``: names and template arguments, without the namespaces."""
+    plain = subprocess.run(["c++filt"], input="\n".join(symbols), check=True, capture_output=True, text=True).stdout.splitlines()
+    names = []
+    for name in plain:
+        name = re.sub(r"\(anonymous namespace\)|_GLO\w*", "", name.removeprefix("void "))
+        name = re.sub(r"(\w*::)+", "", name)
+        depth, end = 0, len(name)
+        for i, letter in enumerate(name):  # up to the arguments of the function
+            depth += (letter == "<") - (letter == ">")
+            if letter == "(" and depth == 0:
+                end = i
+                break
+        names.append(re.sub(r"\w+", lambda word: _WORDS.get(word[0], word[0]), name[:end]).replace(" >", ">"))
+    return names
 
 
-def parse(log: str) -> list[Resources]:
-    """One row per kernel and architecture, sorted."""
-    rows: dict[tuple[str, str], Resources] = {}
+def parse(log: str) -> list[Report]:
+    """One report per kernel and architecture, sorted."""
+    reports: dict[tuple[str, str], Report] = {}
     entry, stack, spill = None, 0, 0
     for line in log.splitlines():
         if match := _ENTRY.search(line):
@@ -48,18 +76,69 @@ def parse(log: str) -> list[Resources]:
         elif match := _STACK.search(line):
             stack, spill = int(match.group(1)), int(match.group(2)) + int(match.group(3))
         elif (match := _USED.search(line)) and entry is not None:
-            rows[entry] = Resources(readable(entry[0]), entry[1], int(match.group(1)), int(match.group(2) or 0), stack, spill)
+            reports[entry] = Report(*entry, int(match.group(1)), int(match.group(2) or 0), stack, spill)
             entry = None
-    return sorted(rows.values())
+    return sorted(reports.values())
+
+
+def occupancy(build: Path, mode: str, given: str = "") -> list[str]:
+    return subprocess.run([str(build / "occupancy"), mode], input=given, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def capability(arch: str) -> str:
+    return re.sub(r"\D", "", arch)
+
+
+def read(build: Path) -> list[Resources]:
+    """The table of a build; kernels that its log knows from earlier and that are no more are left out."""
+    kernels = set(occupancy(build, "kernels"))
+    reports = [report for report in parse((build / "build.log").read_text()) if report.symbol in kernels]
+    launches: dict[tuple[str, str], set[tuple[str, str]]] = {}
+    for line in occupancy(build, "launches"):
+        device, symbol, threads, dynamic = line.split()
+        launches.setdefault((device, symbol), set()).add((threads, dynamic))
+    shapes = [(report, shape) for report in reports for shape in sorted(launches.get((capability(report.arch), report.symbol), {("-", "-")}))]
+    asked = [(report, shape) for report, shape in shapes if shape[0] != "-"]
+    lines = [f"{capability(report.arch)} {threads} {report.registers} {report.shared_bytes} {dynamic}" for report, (threads, dynamic) in asked]
+    warps = dict(zip(asked, occupancy(build, "warps", "\n".join(lines)), strict=True))
+    names = readable([report.symbol for report, _ in shapes])
+    rows = {
+        Resources(
+            name,
+            report.arch,
+            str(report.registers),
+            str(report.shared_bytes),
+            dynamic,
+            threads,
+            warps.get((report, (threads, dynamic)), "-"),
+            str(report.stack_bytes),
+            str(report.spill_bytes),
+        )
+        for name, (report, (threads, dynamic)) in zip(names, shapes, strict=True)
+    }
+    return sorted(rows)  # a kernel that several files compile to the same is one line
 
 
 def table(rows: list[Resources]) -> str:
     """The rows as text."""
-    width = max((len(row.kernel) for row in rows), default=6)
-    lines = [f"{'kernel':{width}}  {'arch':6}  registers  shared  stack  spills"]
-    lines += [f"{r.kernel:{width}}  {r.arch:6}  {r.registers:9}  {r.shared_bytes:6}  {r.stack_bytes:5}  {r.spill_bytes:6}" for r in rows]
-    return "\n".join(lines)
+    lines = [Resources._fields, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(Resources._fields))]
+    return "\n".join("  ".join(cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))) for line in lines)
+
+
+def nvcc_version() -> str:
+    said = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
+    match = re.search(r"V(\d+\.\d+\.\d+)", said)
+    return match.group(1) if match else said.strip()
+
+
+def document(build: Path) -> str:
+    head = f"nvcc {nvcc_version()}\nTo keep the table of a changed kernel: python tests/kernels/resources.py build/tests --write\n\n"
+    return head + table(read(build)) + "\n"
 
 
 if __name__ == "__main__":
-    print(table(parse(Path(sys.argv[1]).read_text())))
+    if "--write" in sys.argv[2:]:
+        TABLE.write_text(document(Path(sys.argv[1])))
+    else:
+        print(document(Path(sys.argv[1])), end="")
