@@ -828,7 +828,17 @@ static void test_infinity_norm_affine() {
     b[2 * T * image - 1] = INFINITY;  // the last element of sample 1
     core::Normalisation n{};
     core::Affine& o = n.affine;
-    o = {b.data(), true, x.data(), mean.data(), rstd.data(), core::DType::kFloat32, B, T, d, after, 1};
+    o.b = b.data();
+    o.scaled = true;
+    o.x = x.data();
+    o.mean = mean.data();
+    o.rstd = rstd.data();
+    o.dtype = core::DType::kFloat32;
+    o.batch = B;
+    o.before = T;
+    o.channels = d;
+    o.after = after;
+    o.groups = 1;
     o.b_batch_stride = o.x_batch_stride = n.batch_stride = T * image;
     o.b_before_stride = o.x_before_stride = n.before_stride = image;
     o.b_channel_stride = o.x_channel_stride = after;
