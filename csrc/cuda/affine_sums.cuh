@@ -552,9 +552,9 @@ struct FinishPlan {
   int kinds;  // 1 without a scale
   int64_t total_blocks, norm_blocks;
 };
-constexpr int kFinishThreads = 1024, kColumns = 8;
+constexpr int kFinishThreads = 1024, kColumns = 32;
 
-// A block owns kColumns = 8 channels and adds all rows of the workspace, 128 at a time; or it owns one sample and adds
+// A block owns kColumns = 32 channels and adds all rows of the workspace, 32 at a time; or it owns one sample and adds
 // its pieces, a thread one channel at a time, and squares; or it owns 1024 samples and adds their tiles' norms.
 template <class A>
 __global__ void __launch_bounds__(kFinishThreads, 1)
@@ -577,8 +577,7 @@ __global__ void __launch_bounds__(kFinishThreads, 1)
           sum += static_cast<double>(sums[unit * plan.channels + channel]);
         }
       }
-      for (int offset = kColumns; offset < 32; offset *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-      if (thread % 32 < kColumns) columns[thread / 32][thread % 32] = sum;
+      columns[thread / 32][thread % 32] = sum;
       __syncthreads();
       if (thread < kColumns && channel < plan.channels) {
         double total = 0.0;
