@@ -24,6 +24,7 @@
 #include "cuda/conv_wgrad_sqnorm.h"
 #include "cuda/embedding_sqnorm.h"
 #include "cuda/gram_sqnorm.h"
+#include "cuda/norm_affine.h"
 #include "cuda/outer_sqnorm.h"
 #include "cuda/row_sqnorm.h"
 #include "cuda/wgrad_moments.h"
@@ -90,28 +91,44 @@ static void products(core::DType dtype, bool tf32, int64_t B, int64_t T, int64_t
   cuda::launch_wgrad_moments(o, memory, memory, memory, memory, nullptr);
 }
 
-static void others(core::DType dtype, bool tf32, int64_t B, int64_t T, int64_t d, void* memory) {
-  cuda::launch_row_sqnorm(core::Rows{memory, dtype, B, T * d, T * d}, memory, memory, nullptr);
+static void rows(core::DType dtype, int64_t B, int64_t length, void* memory) {
+  cuda::launch_row_sqnorm(core::Rows{memory, dtype, B, length, length}, memory, memory, nullptr);
+}
+
+static void picks(core::DType dtype, int64_t B, int64_t T, int64_t d, void* memory) {
   cuda::launch_embedding_sqnorm(core::Picks{memory, true, memory, dtype, B, T, d, T, 1, T * d, d}, memory, memory,
                                 nullptr);
-  for (int64_t after : {int64_t{1}, T}) {
-    core::Affine affine{};
-    affine.b = affine.x = affine.mean = affine.rstd = memory;
-    affine.scaled = true;
-    affine.dtype = dtype;
-    affine.batch = B;
-    affine.before = after == 1 ? T : 1;
-    affine.channels = d;
-    affine.after = after;
-    affine.groups = 1;
-    affine.b_batch_stride = affine.x_batch_stride = T * d;
-    affine.b_before_stride = affine.x_before_stride = d * after;
-    affine.b_channel_stride = affine.x_channel_stride = after;
-    affine.mean_batch_stride = affine.rstd_batch_stride = affine.before;
-    affine.mean_before_stride = affine.rstd_before_stride = affine.mean_group_stride = affine.rstd_group_stride = 1;
-    cuda::launch_affine_sqnorm(affine, core::AffineResults{memory, memory, memory, memory}, memory, nullptr);
-  }
-  core::Convolution c{memory,    memory,    dtype,     B,         1,         d,         d,  1,
+}
+
+// `pad`: elements between rows; with one, nothing is aligned.
+static void affine(core::DType dtype, int64_t B, int64_t T, int64_t d, int64_t after, int64_t groups, int64_t pad,
+                   void* memory) {
+  core::Normalisation n{};
+  core::Affine& o = n.affine;
+  o.b = o.x = o.mean = o.rstd = memory;
+  o.scaled = true;
+  o.dtype = dtype;
+  o.batch = B;
+  o.before = T;
+  o.channels = d;
+  o.after = after;
+  o.groups = groups;
+  o.b_batch_stride = o.x_batch_stride = n.batch_stride = T * (d * after + pad);
+  o.b_before_stride = o.x_before_stride = n.before_stride = d * after + pad;
+  o.b_channel_stride = o.x_channel_stride = after;
+  o.mean_batch_stride = o.rstd_batch_stride = T * groups;
+  o.mean_before_stride = o.rstd_before_stride = groups;
+  o.mean_group_stride = o.rstd_group_stride = 1;
+  n.weight = n.gradient = memory;
+  const core::AffineResults results{memory, memory, memory, memory};
+  cuda::launch_affine_sqnorm(o, results, memory, nullptr);
+  cuda::launch_norm_affine(n, results, memory, nullptr);
+  o.scaled = false;
+  cuda::launch_affine_sqnorm(o, results, memory, nullptr);
+}
+
+static void convolution(core::DType dtype, bool tf32, int64_t B, int64_t T, int64_t d, int64_t groups, void* memory) {
+  core::Convolution c{memory,    memory,    dtype,     B,         1,         d,         d,  groups,
                       {1, T, T}, {1, T, T}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {1, 1, 1}, {}, {}};
   const int64_t strides[6] = {d * T * T, d * T * T, T * T, T * T, T, 1};
   std::memcpy(c.x_strides, strides, sizeof(strides));
@@ -135,9 +152,24 @@ static void launches() {
         products(dtype, tf32, 4, 4096, 256, 256, memory);
         products(dtype, tf32, 2, 5, 33, 35, memory);     // nothing is aligned
         products(dtype, tf32, 512, 64, 33, 35, memory);  // nor here, in several runs
-        others(dtype, tf32, 4, 64, 1024, memory);
-        others(dtype, tf32, 512, 16, 32, memory);
-        others(dtype, tf32, 2, 4096, 16, memory);
+        for (int64_t groups : {1, 2, 64}) {
+          convolution(dtype, tf32, 4, 64, 1024, groups, memory);
+          convolution(dtype, tf32, 512, 16, 64, groups, memory);
+        }
+        if (tf32) continue;
+        for (int64_t length : {9, 1024, 4096, 1 << 14, 1 << 20}) rows(dtype, 512, length, memory);
+        for (int64_t T : {64, 4096}) {
+          for (int64_t d : {33, 1024}) picks(dtype, 4, T, d, memory);
+        }
+        for (int64_t groups : {1, 4}) {
+          for (int64_t pad : {0, 1}) {
+            for (int64_t d : {36, 1024, 4096, 16384, 1 << 18}) {
+              affine(dtype, 4, 64, d, 1, groups, pad, memory);
+              affine(dtype, 512, 1, d, 1, groups, pad, memory);
+            }
+          }
+          for (int64_t after : {7, 64, 1024, 1 << 16}) affine(dtype, 32, 1, 64, after, groups, 0, memory);
+        }
       }
     }
   }

@@ -30,7 +30,8 @@ class Report(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """A line of the table. Threads, dynamic shared memory and warps of a multiprocessor: "-" where no launcher starts the kernel on this architecture."""
+    """A line of the table. Threads, dynamic shared memory and warps of a multiprocessor: "-" where no launcher starts the kernel on this architecture;
+    of several launches the one that leaves fewest warps."""
 
     kernel: str
     arch: str
@@ -101,7 +102,9 @@ def read(build: Path) -> list[Resources]:
     asked = [(report, shape) for report, shape in shapes if shape[0] != "-"]
     lines = [f"{capability(report.arch)} {threads} {report.registers} {report.shared_bytes} {dynamic}" for report, (threads, dynamic) in asked]
     warps = dict(zip(asked, occupancy(build, "warps", "\n".join(lines)), strict=True))
-    names = readable([report.symbol for report, _ in shapes])
+    fewest: dict[Report, tuple[str, str]] = {}  # of a kernel that is launched in several shapes, the one that leaves fewest warps
+    for report, shape in sorted(shapes, key=lambda each: (int(warps.get(each, "0")), -int(each[1][1].replace("-", "0")))):
+        fewest.setdefault(report, shape)
     rows = {
         Resources(
             name,
@@ -114,7 +117,7 @@ def read(build: Path) -> list[Resources]:
             str(report.stack_bytes),
             str(report.spill_bytes),
         )
-        for name, (report, (threads, dynamic)) in zip(names, shapes, strict=True)
+        for name, (report, (threads, dynamic)) in zip(readable([report.symbol for report in fewest]), fewest.items(), strict=True)
     }
     return sorted(rows)  # a kernel that several files compile to the same is one line
 
