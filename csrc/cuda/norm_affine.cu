@@ -294,8 +294,8 @@ struct Way {
       rows = row_plan<S, 1, kStages>(o, team_of(vectors), kBlock);
     } else if (o.groups == 1 && aligned && vectors <= kLongBlock * kLongVectors<S>) {
       kind = kLongRows;
-      rows = row_plan<S, kLongVectors<S>, kLongStages, false>(o, team_of(core::ceil_div(vectors, kLongVectors<S>)),
-                                                              kLongBlock);
+      const int lanes = team_of(core::ceil_div(vectors, kLongVectors<S>));
+      rows = row_plan<S, kLongVectors<S>, kLongStages, false>(o, lanes, lanes);  // one team
     } else {
       kind = kRowsTwice;
       rows = row_plan<S, 1, kStages>(o, power_of_two(vectors, 32), kThreads);

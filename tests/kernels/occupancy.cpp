@@ -163,7 +163,7 @@ static void launches() {
         }
         for (int64_t groups : {1, 4}) {
           for (int64_t pad : {0, 1}) {
-            for (int64_t d : {36, 1024, 4096, 16384, 1 << 18}) {
+            for (int64_t d : {36, 1024, 2048, 4096, 8192, 1 << 18}) {
               affine(dtype, 4, 64, d, 1, groups, pad, memory);
               affine(dtype, 512, 1, d, 1, groups, pad, memory);
             }
