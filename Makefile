@@ -32,10 +32,12 @@ format: $(VENV)/.tools
 	$(BIN)/ruff format python tests benchmarks setup.py
 	$(BIN)/clang-format -i $(CPP)
 
+# The build that tests/kernels uses, too; its log keeps what ptxas says.
 test-cpp: $(VENV)/.torch
-	$(BIN)/cmake -S . -B build/core-tests -G Ninja -DGHOSTGRAD_TESTS=ON
-	$(BIN)/cmake --build build/core-tests
-	$(BIN)/ctest --test-dir build/core-tests --output-on-failure
+	mkdir -p build/tests
+	$(BIN)/cmake -S . -B build/tests -G Ninja -DGHOSTGRAD_TESTS=ON -DGHOSTGRAD_CUDA=$(if $(shell command -v nvcc),ON,OFF)
+	$(BIN)/cmake --build build/tests >> build/tests/build.log 2>&1 || { tail -n 60 build/tests/build.log; exit 1; }
+	$(BIN)/ctest --test-dir build/tests --output-on-failure
 
 # torch comes first and alone, so that nothing else chooses its version; then what the build needs, since it is not isolated from that torch.
 $(VENV)/.torch:

@@ -326,7 +326,9 @@ cudaError_t launch_rows(const core::Normalisation& n, const Way<S>& way, const S
   const int lanes = o.channels / o.groups >= 4096 ? kThreads : 32;
   const int64_t blocks = core::ceil_div(o.batch * o.before * o.groups * lanes, kThreads);
   const Launch of_means{grid_for(blocks), kThreads};
-  if (kAligned && o.channels / o.groups % kVector<S> == 0) {
+  if (blocks == 0) {
+    // no positions: the sums are zeros, and there is no gradient
+  } else if (kAligned && o.channels / o.groups % kVector<S> == 0) {
     GHOSTGRAD_TRY(launch(row_means_kernel<S, kVector<S>>, of_means, stream, n, lanes, p, q));
   } else {
     GHOSTGRAD_TRY(launch(row_means_kernel<S, 1>, of_means, stream, n, lanes, p, q));
