@@ -11,7 +11,10 @@ import pytest
 import ghostgrad
 
 PACKAGE = Path(ghostgrad.__file__).parent
-ORDER = "errors _C reference samplewise layout ops contributions rules layers recurrent distributed tap compiled norms costs bench training papers cli".split()
+ORDER = (
+    "errors _C reference samplewise layout ops noise perturb contributions rules layers recurrent distributed tap compiled norms costs bench"
+    " training papers cli"
+).split()
 
 
 def imported(path: Path) -> set[str]:

@@ -134,4 +134,25 @@ void conv_wgrad_sqnorm(const core::Convolution& convolution, void* wgrad, void* 
   GHOSTGRAD_DISPATCH(capability, conv_wgrad_sqnorm(convolution, wgrad, sqnorm, parallel))
 }
 
+void perturb(core::DType dtype, core::Section* sections, void* const* params, int64_t count, const core::Noise& noise,
+             double sigma, ParallelFor parallel, Capability capability) {
+  GHOSTGRAD_DISPATCH(capability, perturb(dtype, sections, params, count, noise, sigma, parallel))
+}
+
+void probe_dot(core::DType dtype, core::Section* sections, const void* const* plus, const void* const* minus,
+               int64_t count, const core::Noise& noise, double sigma, double* dots, ParallelFor parallel,
+               Capability capability) {
+  GHOSTGRAD_DISPATCH(capability, probe_dot(dtype, sections, plus, minus, count, noise, sigma, dots, parallel))
+}
+
+void second_difference(core::DType dtype, const void* plus, const void* zero, const void* minus, int64_t count,
+                       double sigma, double* differences, ParallelFor parallel, Capability capability) {
+  GHOSTGRAD_DISPATCH(capability, second_difference(dtype, plus, zero, minus, count, sigma, differences, parallel))
+}
+
+void nso_step(core::DType dtype, core::Section* sections, const core::NsoTensor* tensors, int64_t count,
+              const core::NsoStep& step, ParallelFor parallel, Capability capability) {
+  GHOSTGRAD_DISPATCH(capability, nso_step(dtype, sections, tensors, count, step, parallel))
+}
+
 }  // namespace ghostgrad::cpu

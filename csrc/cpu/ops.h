@@ -2,8 +2,11 @@
 // one (tests do).
 #pragma once
 
+#include "core/noise.h"
+#include "core/nso.h"
 #include "core/operands.h"
 #include "core/plan.h"
+#include "core/sections.h"
 #include "cpu/parallel.h"
 
 namespace ghostgrad::cpu {
@@ -76,6 +79,37 @@ void conv_gram_sqnorm(const core::Convolution& convolution,
 void conv_wgrad_sqnorm(const core::Convolution& convolution,
                        void* wgrad,   // (out_channels, channels / groups, *kernel)
                        void* sqnorm,  // (B,)
+                       ParallelFor parallel, Capability capability);
+
+// Of `count` tensors of one dtype. The sections say which parts of which parameters they are; their first_unit is
+// filled in here.
+
+// w <- w + sigma * xi.
+void perturb(core::DType dtype, core::Section* sections,
+             void* const* params,  // (count,)
+             int64_t count, const core::Noise& noise, double sigma, ParallelFor parallel, Capability capability);
+
+// dots[slot] = sum_i xi_i (plus_i - minus_i) / (2 sigma) over each tensor.
+void probe_dot(core::DType dtype, core::Section* sections,
+               const void* const* plus,   // (count,)
+               const void* const* minus,  // (count,), or null for zeros
+               int64_t count, const core::Noise& noise, double sigma,
+               double* dots,  // (count,)
+               ParallelFor parallel, Capability capability);
+
+// The mean of the perturbed gradients mixed with the centre's, and the step of SGD; elements in any order that the
+// tensors of an entry share.
+void nso_step(core::DType dtype, core::Section* sections,
+              const core::NsoTensor* tensors,  // (count,)
+              int64_t count, const core::NsoStep& step, ParallelFor parallel, Capability capability);
+
+// differences[i] = (plus[i] + minus[i] - 2 zero[i]) / sigma^2.
+void second_difference(core::DType dtype,
+                       const void* plus,   // (count,)
+                       const void* zero,   // (count,)
+                       const void* minus,  // (count,)
+                       int64_t count, double sigma,
+                       double* differences,  // (count,)
                        ParallelFor parallel, Capability capability);
 
 }  // namespace ghostgrad::cpu

@@ -49,4 +49,25 @@ STABLE_TORCH_LIBRARY(ghostgrad, m) {
   m.def(
       "conv_wgrad_and_sqnorm(Tensor x, Tensor b, int[] kernel, int[] stride, int[] padding, int[] dilation, "
       "int groups) -> (Tensor, Tensor)");
+
+  // Noise with an address (Note [The address of noise] in csrc/core/noise.h). Tensor i is the whole of parameter i, or
+  // the part of a parameter that blocks tells by four numbers: the parameter's number, and offset, run and pitch, by
+  // which its element e has the index offset + e div run * pitch + e mod run in the full parameter.
+  //
+  // params                                                      w <- w + sigma * xi
+  m.def(
+      "perturb_(Tensor(a!)[] params, int seed, float sigma, str distribution=\"rademacher\", int[]? blocks=None) -> "
+      "()");
+  // plus, minus -> (P,) float64                                 sum xi (plus - minus) / (2 sigma) of each tensor
+  m.def(
+      "probe_dot(Tensor[] plus, Tensor[]? minus, int seed, float sigma, str distribution=\"rademacher\", "
+      "int[]? blocks=None) -> Tensor");
+  // plus, zero, minus (B,) -> (B,) float64                      (plus + minus - 2 zero) / sigma^2
+  m.def("second_difference(Tensor plus, Tensor zero, Tensor minus, float sigma) -> Tensor");
+  // params, grads, centre (or none), momenta (or none)          g = mix centre + (1 - mix) / passes grads, and the step
+  //                                                             of SGD with it
+  m.def(
+      "nso_step_(Tensor(a!)[] params, Tensor[] grads, Tensor[] centre, Tensor(b!)[] momenta, float lr, float mix, "
+      "int passes, float momentum=0, float dampening=0, float weight_decay=0, bool nesterov=False, bool first=False) "
+      "-> ()");
 }

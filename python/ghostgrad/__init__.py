@@ -12,6 +12,7 @@ import torch as torch  # its libraries must be loaded before the extension's
 from . import _C as _C
 from . import compiled as compiled
 from . import layers as layers
+from . import noise as noise
 from . import ops as ops
 from . import recurrent as recurrent
 from . import reference as reference
@@ -31,6 +32,7 @@ from .errors import UnsupportedUseError as UnsupportedUseError
 from .norms import check as check
 from .norms import output_sqnorms as output_sqnorms
 from .norms import sqnorms as sqnorms
+from .perturb import perturbed as perturbed
 from .rules import register_rule as register_rule
 from .tap import Tap as Tap
 from .tap import declare_samples as declare_samples

@@ -9,6 +9,7 @@ Shapes: ``B`` samples, ``T`` positions, ``p`` input features, ``d`` output featu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,9 +23,15 @@ __all__ = [
     "conv_wgrad_sqnorm",
     "embedding_sqnorm",
     "gram_sqnorm",
+    "noise",
     "norm_affine",
+    "nso_step_",
     "outer_sqnorm",
+    "perturb_",
+    "philox",
+    "probe_dot",
     "row_sqnorm",
+    "second_difference",
     "wgrad_moments",
     "wgrad_sqnorm",
 ]
@@ -196,3 +203,119 @@ def conv_wgrad_sqnorm(
     """``(sum_i G_i, ||G_i||_F^2)`` with ``G_i`` as in :func:`conv_sqnorm`."""
     per_sample = _per_sample_conv_wgrad(x, b, kernel, stride, padding, dilation, groups)
     return per_sample.sum(0).to(x.dtype), per_sample.flatten(1).square().sum(1)
+
+
+# --- noise with an address; blocks are (number, offset, run, pitch) of each tensor ---
+
+
+def philox(
+    counter: Sequence[Tensor | int],  # four words of 32 bits
+    key: tuple[int, int],
+) -> tuple[Tensor, ...]:
+    """Philox4x32-10: four words of 32 bits, in int64, from four of the counter and two of the key."""
+    mask = 0xFFFFFFFF
+    c0, c1, c2, c3 = (torch.as_tensor(word) for word in counter)
+    low, high = key
+    for _ in range(10):
+        product0, product1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # modulo 2^64, with a sign that the shift and the mask undo
+        c0, c1, c2, c3 = (product1 >> 32 & mask) ^ c1 ^ low, product1 & mask, (product0 >> 32 & mask) ^ c3 ^ high, product0 & mask
+        low, high = low + 0x9E3779B9 & mask, high + 0xBB67AE85 & mask
+    return c0, c1, c2, c3
+
+
+def noise(
+    index: Tensor,  # (n,) int64
+    number: int,
+    seed: int,
+    distribution: str = "rademacher",
+) -> Tensor:  # (n,)
+    """``xi`` of these elements of a parameter, float32: what ``csrc/core/noise.h`` defines. Rademacher and uniform noise is exact, normal noise is the float32
+    nearest to its definition (the ops' is within 5 units in the last place)."""
+    per_block = 128 if distribution == "rademacher" else 4
+    block, place = index // per_block, index % per_block
+    kind = ("rademacher", "normal", "uniform").index(distribution)
+    words = torch.stack(philox((block & 0xFFFFFFFF, block >> 32, number, kind), (seed & 0xFFFFFFFF, seed >> 32)), -1)  # (n, 4)
+
+    def word(i: Tensor) -> Tensor:  # (n,)
+        return words.gather(-1, i[:, None])[:, 0]
+
+    if distribution == "rademacher":
+        return 1.0 - 2.0 * (word(place // 32) >> place % 32 & 1).float()
+    if distribution == "uniform":
+        return ((word(place) >> 8).double() * 2.0**-24 + 2.0**-25 - 0.5).float()
+    u = ((word(place // 2 * 2) >> 1).float() + 0.5).double() * 2.0**-31  # in float32, up to the factor
+    angle = word(place // 2 * 2 + 1).double() * (2 * math.pi * 2.0**-32)
+    return ((-2 * u.log()).sqrt() * torch.where(place % 2 == 0, angle.cos(), angle.sin())).float()
+
+
+def _noise_like(x: Tensor, i: int, seed: int, distribution: str, blocks: Sequence[tuple[int, int, int, int]] | None) -> Tensor:
+    number, offset, run, pitch = (i, 0, x.numel(), x.numel()) if blocks is None else blocks[i]
+    element = torch.arange(x.numel(), device=x.device)
+    return noise(offset + element // max(run, 1) * pitch + element % max(run, 1), number, seed, distribution).reshape(x.shape)
+
+
+@torch.no_grad()
+def perturb_(
+    params: Sequence[Tensor],
+    seed: int,
+    sigma: float,
+    distribution: str = "rademacher",
+    blocks: Sequence[tuple[int, int, int, int]] | None = None,
+) -> None:
+    """``w <- w + sigma * xi``."""
+    for i, w in enumerate(params):
+        dtype = accumulation_dtype(w.dtype)
+        w.copy_(w.to(dtype) + sigma * _noise_like(w, i, seed, distribution, blocks).to(dtype))
+
+
+def probe_dot(
+    plus: Sequence[Tensor],
+    minus: Sequence[Tensor] | None = None,
+    *,
+    seed: int,
+    sigma: float = 0.5,
+    distribution: str = "rademacher",
+    blocks: Sequence[tuple[int, int, int, int]] | None = None,
+) -> Tensor:  # (P,)
+    """``sum xi (plus_i - minus_i) / (2 sigma)`` of each tensor, float64."""
+    differences = [p.double() for p in plus] if minus is None else [p.double() - m.double() for p, m in zip(plus, minus)]
+    return torch.stack([(_noise_like(d, i, seed, distribution, blocks) * d).sum() for i, d in enumerate(differences)]) / (2 * sigma)
+
+
+def second_difference(
+    plus: Tensor,  # (B,)
+    zero: Tensor,  # (B,)
+    minus: Tensor,  # (B,)
+    sigma: float,
+) -> Tensor:  # (B,)
+    """``(plus + minus - 2 zero) / sigma^2``, differenced in float64."""
+    return ((plus.double() - zero.double()) - (zero.double() - minus.double())) / sigma**2
+
+
+@torch.no_grad()
+def nso_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    centre: Sequence[Tensor] = (),
+    momenta: Sequence[Tensor] = (),
+    *,
+    lr: float,
+    passes: int,
+    mix: float = 0.0,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    first: bool = False,
+) -> None:
+    """``g = mix * centre + (1 - mix) / passes * grads`` and the step of ``torch.optim.SGD`` with it."""
+    for i, w in enumerate(params):
+        g = grads[i] * ((1 - mix) / passes)
+        if centre:
+            g = g.add(centre[i], alpha=mix)
+        if weight_decay:
+            g = g.add(w, alpha=weight_decay)
+        if momenta:
+            momenta[i].copy_(g if first else momenta[i].mul(momentum).add(g, alpha=1 - dampening))
+            g = g.add(momenta[i], alpha=momentum) if nesterov else momenta[i]
+        w.add_(g, alpha=-lr)

@@ -20,14 +20,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 import resources
 
 ROOT = Path(__file__).resolve().parents[2]
-OPS = "affine_sqnorm conv_sqnorm conv_wgrad_sqnorm embedding_sqnorm gram_sqnorm norm_affine outer_sqnorm row_sqnorm wgrad_moments wgrad_sqnorm".split()
+OPS = (
+    "affine_sqnorm conv_sqnorm conv_wgrad_sqnorm embedding_sqnorm gram_sqnorm norm_affine nso_step_ outer_sqnorm perturb_ probe_dot row_sqnorm"
+    " second_difference wgrad_moments wgrad_sqnorm"
+).split()  # their files and kernels do without an underscore at the end
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 
 
 def ctest_names() -> list[str]:
     """The tests that CMakeLists.txt adds."""
-    core = ["dtype", "kernels", "plan", "reduce", "tiles"]
-    emulated = ["emulated", "emulated_sanitized", "emulated_primitives", "emulated_primitives_sanitized"]
+    core = ["dtype", "kernels", "noise", "philox", "plan", "reduce", "tiles"]
+    emulated = [f"emulated{what}{how}" for what in ("", "_noise", "_primitives") for how in ("", "_sanitized")]
     return [*core, *emulated, *[pytest.param(name, marks=needs_nvcc) for name in ("launch", "primitives")]]
 
 
@@ -55,7 +58,7 @@ def test_no_kernel_spills(build: Path) -> None:
         kernels = {row.kernel for row in rows if row.arch == arch}
         for op in OPS:
             for dtype in ("float32", "float64", "bfloat16", "float16"):
-                assert any(re.match(rf"{op}_kernel<(\w+<)?{dtype}\b", kernel) for kernel in kernels), f"{op} in {dtype} is not compiled for {arch}: {kernels}"
+                assert any(re.match(rf"{op.rstrip('_')}_kernel<(\w+<)?{dtype}\b", kernel) for kernel in kernels), f"{op} in {dtype} is not compiled for {arch}: {kernels}"
     assert not [row for row in rows if row.spills != "0"]
     assert not [row for row in rows if row.stack != "0"], "a kernel keeps an array in local memory"
 
@@ -78,6 +81,7 @@ def test_resources_are_those_of_the_table(build: Path) -> None:
 FLOORS = {
     r"\w*row_sqnorm_kernel|sort_tokens|add_\w+": 16,
     r"affine_sqnorm_kernel": 16,
+    r"(perturb|probe_dot|nso_step|second_difference)_kernel": 16,
     r"(embedding_sqnorm|norm_affine\w*)_kernel|(row|pixel)_\w+_kernel|finish_kernel": 8,
     r"\w+_kernel<Warpgroups.*": 12,
     r"(outer|gram|wgrad|conv)\w*_kernel": 8,
@@ -194,7 +198,8 @@ def test_include_rules_of_single_files() -> None:
                 assert not [name for name in includes(path) if name.startswith(prefix)], path.name
     # One name, all its files.
     for op in OPS:
-        for file in (f"cpu/{op}.cpp", f"cuda/{op}.h", f"cuda/{op}.cu", f"torch/{op}_cpu.cpp", f"torch/{op}_cuda.cpp"):
+        name = op.rstrip("_")
+        for file in (f"cpu/{name}.cpp", f"cuda/{name}.h", f"cuda/{name}.cu", f"torch/{name}_cpu.cpp", f"torch/{name}_cuda.cpp"):
             assert (ROOT / "csrc" / file).exists(), file
         assert re.search(rf'm\.def\(\s*"{op}\(', (ROOT / "csrc" / "torch" / "library.cpp").read_text())
 
@@ -241,7 +246,7 @@ def test_the_cuda_binding_compiles(op: str, tmp_path: Path, build: Path) -> None
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
         *[f"-I{path}" for path in paths],
     ]
-    source = str(ROOT / "csrc" / "torch" / f"{op}_cuda.cpp")
+    source = str(ROOT / "csrc" / "torch" / f"{op.rstrip('_')}_cuda.cpp")
     done = subprocess.run(["g++", *flags, "-c", source, "-o", str(tmp_path / "binding.o")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:4000]
 

@@ -10,8 +10,12 @@
 #include "cuda/embedding_sqnorm.h"
 #include "cuda/gram_sqnorm.h"
 #include "cuda/norm_affine.h"
+#include "cuda/nso_step.h"
 #include "cuda/outer_sqnorm.h"
+#include "cuda/perturb.h"
+#include "cuda/probe_dot.h"
 #include "cuda/row_sqnorm.h"
+#include "cuda/second_difference.h"
 #include "cuda/wgrad_moments.h"
 #include "cuda/wgrad_sqnorm.h"
 
@@ -60,5 +64,17 @@ int main() {
                       {2, 2, 2, 2, 2, 1}};
   EXPECT(cuda::launch_conv_sqnorm(c, memory.data(), memory.data(), nullptr) != cudaSuccess);
   EXPECT(cuda::launch_conv_wgrad_sqnorm(c, memory.data(), memory.data(), memory.data(), nullptr) != cudaSuccess);
+  const core::Section section{8, 0, 0, 0, 8, 8, 0};
+  const core::Noise noise{1, core::Distribution::kNormal};
+  void* const params[] = {memory.data()};
+  const void* const grads[] = {memory.data()};
+  const core::NsoTensor tensor{memory.data(), memory.data(), nullptr, nullptr};
+  EXPECT(cuda::launch_perturb(core::DType::kFloat32, &section, params, 1, noise, 0.1, nullptr) != cudaSuccess);
+  EXPECT(cuda::launch_probe_dot(core::DType::kFloat32, &section, grads, nullptr, 1, noise, 0.1, memory.data(),
+                                memory.data(), nullptr) != cudaSuccess);
+  EXPECT(cuda::launch_nso_step(core::DType::kFloat32, &section, &tensor, 1,
+                               core::NsoStep{0.1, 0, 1, 0, 0, 0, false, false}, nullptr) != cudaSuccess);
+  EXPECT(cuda::launch_second_difference(core::DType::kFloat32, memory.data(), memory.data(), memory.data(), 8, 0.1,
+                                        memory.data(), nullptr) != cudaSuccess);
   return failures;
 }
