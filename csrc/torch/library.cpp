@@ -1,5 +1,5 @@
 // Every op of ghostgrad, one schema each. Implementations stand in <op>_cpu.cpp and <op>_cuda.cpp, fake kernels and
-// autograd in python/ghostgrad/ops.py.
+// autograd in python/ghostgrad/ops.py, those of noise in noise.py.
 //
 // B samples, T positions, p in-features, d out-features; squared norms come in the accumulation dtype: float64 for
 // float64, float32 for the rest.
