@@ -203,16 +203,16 @@ def _(plus: list[Tensor], minus: list[Tensor] | None, seed: int, sigma: float, d
 
 def _probe_dot_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     plus, minus, ctx.seed, ctx.sigma = inputs[:4]
-    ctx.distribution = inputs[4] if len(inputs) > 4 else "rademacher"  # the dispatcher drops arguments that have their defaults
-    ctx.blocks = inputs[5] if len(inputs) > 5 else None
-    ctx.inputs, ctx.two, ctx.like = len(inputs), minus is not None, [(t.shape, t.dtype, t.device) for t in plus]
+    ctx.distribution, ctx.blocks = inputs[4:6]
+    ctx.two, ctx.like = minus is not None, [(t.shape, t.dtype, t.device) for t in plus]
 
 
 def _probe_dot_backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
+    # The dispatcher drops arguments that have their defaults: hence the length.
     xi = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like]
     torch.ops.ghostgrad.perturb_.default(xi, ctx.seed, 1.0, ctx.distribution, ctx.blocks)
     grads = [(scale * x.double()).to(x.dtype) for scale, x in zip(v / (2 * ctx.sigma), xi)]
-    return (grads, [-grad for grad in grads] if ctx.two else None, None, None, None, None)[: ctx.inputs]
+    return (grads, [-grad for grad in grads] if ctx.two else None, None, None, None, None)[: len(ctx.needs_input_grad)]
 
 
 torch.library.register_autograd("ghostgrad::probe_dot", _probe_dot_backward, setup_context=_probe_dot_setup)
