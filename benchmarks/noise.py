@@ -1,8 +1,9 @@
 """Noise with an address beside a copy and beside PyTorch's generators, on 25 million float32 parameters.
 
-    python benchmarks/noise.py [--pairs 21] [--threads 1 2] [--out benchmarks/results/noise.json]
+    python benchmarks/noise.py [--pairs 21] [--threads 1 2] [--allocator kept] [--out benchmarks/results/noise.json]
 
-Every number is a median over interleaved pairs: the step, and what it is measured against run just before it. PyTorch's ways get their buffers for nothing.
+Every number is a median over interleaved pairs: the step, and what it is measured against run just before it. With the allocator "kept" buffers cost nothing
+after the first time, with "default" glibc maps large ones anew, as it does for users.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from grid import keep_memory, machine, save
-from torch import nn
+from torch import Tensor, nn
 
 import ghostgrad as gg
 from ghostgrad import noise, reference
@@ -36,8 +37,8 @@ def comparisons() -> dict[str, tuple[Step, dict[str, Step]]]:
     def perturb(distribution: str) -> Step:
         return lambda: noise.perturb_([w], SEED, SIGMA, distribution)
 
-    def normal() -> object:
-        return w.add_(torch.randn(ELEMENTS, out=buffer), alpha=SIGMA)
+    def normal(out: Tensor | None) -> Step:
+        return lambda: w.add_(torch.randn(ELEMENTS, out=out), alpha=SIGMA)
 
     def signs() -> object:
         return w.add_(buffer.bernoulli_(0.5).mul_(2).sub_(1), alpha=SIGMA)
@@ -64,7 +65,7 @@ def comparisons() -> dict[str, tuple[Step, dict[str, Step]]]:
             copy,
             {"copy": copy, **{f"perturb_, {d}": perturb(d) for d in noise.DISTRIBUTIONS}, "perturbed": block(True), "perturbed, copy=False": block(False)},
         ),
-        "perturb_, normal": (perturb("normal"), {"torch.randn and add": normal}),
+        "perturb_, normal": (perturb("normal"), {"torch.randn(out=...) and add": normal(buffer), "torch.randn and add": normal(None)}),
         "perturb_, rademacher": (perturb("rademacher"), {"bernoulli and add": signs}),
         "probe_dot": (dot, {"difference and torch.dot": dot_of_stored_noise}),
         "nso_step_": (step_by(noise.nso_step_), {"the same by PyTorch's operations": step_by(reference.nso_step_)}),
@@ -75,9 +76,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=21)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--allocator", choices=("kept", "default"), default="kept")
     parser.add_argument("--out", type=Path, help="write the results there as JSON")
     arguments = parser.parse_args()
-    keep_memory()
+    if arguments.allocator == "kept":
+        keep_memory()
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
     with torch.no_grad():
@@ -95,7 +98,7 @@ def main() -> None:
     if arguments.out:
         head = machine(arguments.threads[0])
         del head["threads"]
-        save(arguments.out, {**head, "elements": ELEMENTS}, {"rows": rows})
+        save(arguments.out, {**head, "allocator": arguments.allocator, "elements": ELEMENTS}, {"rows": rows})
 
 
 if __name__ == "__main__":
