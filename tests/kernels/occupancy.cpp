@@ -18,6 +18,7 @@
 #include <cstring>
 #include <map>
 #include <string>
+#include <vector>
 
 #include "cuda/affine_sqnorm.h"
 #include "cuda/conv_sqnorm.h"
@@ -25,8 +26,12 @@
 #include "cuda/embedding_sqnorm.h"
 #include "cuda/gram_sqnorm.h"
 #include "cuda/norm_affine.h"
+#include "cuda/nso_step.h"
 #include "cuda/outer_sqnorm.h"
+#include "cuda/perturb.h"
+#include "cuda/probe_dot.h"
 #include "cuda/row_sqnorm.h"
+#include "cuda/second_difference.h"
 #include "cuda/wgrad_moments.h"
 #include "cuda/wgrad_sqnorm.h"
 
@@ -138,6 +143,20 @@ static void convolution(core::DType dtype, bool tf32, int64_t B, int64_t T, int6
   cuda::launch_conv_wgrad_sqnorm(c, memory, memory, memory, nullptr);
 }
 
+static void noise(core::DType dtype, size_t tensors, void* memory) {
+  const int64_t count = static_cast<int64_t>(tensors), elements = 1 << 20;
+  const std::vector<core::Section> sections(tensors, core::Section{elements, 0, 0, 0, elements, elements, 0});
+  const std::vector<void*> pointers(tensors, memory);
+  const std::vector<core::NsoTensor> entries(tensors, core::NsoTensor{memory, memory, memory, memory});
+  const core::Noise source{1, core::Distribution::kNormal};
+  cuda::launch_perturb(dtype, sections.data(), pointers.data(), count, source, 0.1, nullptr);
+  cuda::launch_probe_dot(dtype, sections.data(), pointers.data(), pointers.data(), count, source, 0.1,
+                         static_cast<double*>(memory), memory, nullptr);
+  cuda::launch_nso_step(dtype, sections.data(), entries.data(), count,
+                        core::NsoStep{0.1, 0.5, 2, 0.9, 0.0, 0.1, false, false}, nullptr);
+  cuda::launch_second_difference(dtype, memory, memory, memory, count, 0.1, static_cast<double*>(memory), nullptr);
+}
+
 static void launches() {
   void* memory = reinterpret_cast<void*>(uintptr_t{1} << 30);
   for (int device : {80, 90}) {
@@ -157,6 +176,7 @@ static void launches() {
           convolution(dtype, tf32, 512, 16, 64, groups, memory);
         }
         if (tf32) continue;
+        for (size_t tensors : {1, 200}) noise(dtype, tensors, memory);
         for (int64_t length : {9, 1024, 4096, 1 << 14, 1 << 20}) rows(dtype, 512, length, memory);
         for (int64_t T : {64, 4096}) {
           for (int64_t d : {33, 1024}) picks(dtype, 4, T, d, memory);
