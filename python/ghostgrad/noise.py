@@ -124,8 +124,8 @@ def perturb_(
         distribution: "rademacher", "normal" or "uniform".
         blocks: which part of which parameter each tensor is; without it tensor ``i`` is the whole of parameter ``i``.
 
-    Memory: nothing. Cost: reading and writing the tensors; on a CPU without AVX-512, normal noise takes longer than that. On CUDA one launch for up to 384
-    tensors of a dtype, nothing waits, and a graph may capture it: its replays add the same noise again.
+    Memory: nothing. Cost: reading and writing the tensors; on a CPU, normal noise takes longer (with AVX-512 twice as long: docs/noise.md). On CUDA one launch
+    for up to 384 tensors of a dtype, nothing waits, and a graph may capture it: its replays add the same noise again.
     The same bits on every device, in any number of threads, for any sharding.
 
     Raises:
