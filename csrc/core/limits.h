@@ -1,5 +1,5 @@
-// What the CUDA kernels of products and convolutions count in 32 bits: samples, positions, features, places in an
-// image. Offsets into memory have 64 bits everywhere, and units of work, too.
+// What the CUDA kernels count in 32 bits: samples, positions, features, channels, places in an image. Offsets into
+// memory have 64 bits everywhere, and units of work, too.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,12 @@ constexpr int64_t kCountable = int64_t{1} << 30;
 GHOSTGRAD_HD constexpr bool countable(const Operands& o) {
   return o.batch <= kCountable && o.positions <= kCountable && o.in_features <= kCountable &&
          o.out_features <= kCountable;
+}
+
+// A block has at least 64 positions or a whole sample, and blocks are counted, too.
+GHOSTGRAD_HD constexpr bool countable(const Affine& o) {
+  return o.batch <= kCountable && o.channels <= kCountable &&
+         static_cast<double>(o.batch) * static_cast<double>(o.before) <= 64.0 * static_cast<double>(kCountable);
 }
 
 GHOSTGRAD_HD constexpr bool countable(const Convolution& c) {

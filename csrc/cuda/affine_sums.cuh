@@ -73,11 +73,6 @@ struct RowPlan {
   Launch launch() const { return Launch{tiles * units, lanes * teams, shared_bytes}; }
 };
 
-// Samples and channels are counted in 32 bits by the kernels, positions of a piece too.
-inline bool countable(const core::Affine& o) {
-  return o.batch < INT32_MAX - kThreads * kDepth && o.channels < INT32_MAX - 8192;
-}
-
 // The cut for teams of `lanes` threads with kPer vectors each. Its sizes fit 32 bits with room to spare: a block has
 // kilobytes to read, or there are few samples.
 template <class S, int kPer, int kStages, bool kMayOwn = true>

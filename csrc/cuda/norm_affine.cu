@@ -361,7 +361,6 @@ cudaError_t run(const core::Normalisation& n, const core::AffineResults& results
                 cudaStream_t stream) {
   using A = core::accumulation_t<S>;
   const core::Affine& o = n.affine;
-  if (!countable(o)) return cudaErrorInvalidValue;
   const Way<S> way(n);
   const Sums<A> sums = sums_in<A>(workspace, o, way.units, way.tiles, results);
   A* p = reinterpret_cast<A*>(static_cast<unsigned char*>(workspace) + way.sums_bytes(o));  // (B, T, G)

@@ -16,6 +16,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> affine_sqnorm_cuda(const Tensor& b,  
                                                               std::optional<Tensor> rstd,  // (B, T, G)
                                                               bool total) {
   const CheckedAffine checked = checked_affine("affine_sqnorm", b, x, mean, rstd);
+  check_countable("affine_sqnorm", checked.affine);
   const CudaContext context(b);
   const AffineOutputs outputs(checked, total);
   Tensor workspace = workspace_like(b, cuda::affine_sqnorm_workspace(checked.affine));

@@ -117,6 +117,11 @@ inline void check_countable(const char* op, const core::Operands& o) {
         ", T = ", o.positions, ", p = ", o.in_features, ", d = ", o.out_features);
 }
 
+inline void check_countable(const char* op, const core::Affine& o) {
+  check(core::countable(o), op, ": on CUDA at most 2^30 samples and channels and 2^36 positions of all samples, got ",
+        o.batch, " samples of ", o.before, " positions and ", o.channels, " channels");
+}
+
 inline void check_countable(const char* op, const core::Convolution& c) {
   check(
       core::countable(c), op,

@@ -17,6 +17,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_affine_cuda(const Tensor
                                                                     std::optional<Tensor> weight) {  // (d,)
   const CudaContext context(b);
   const CheckedNormalisation checked = checked_normalisation("norm_affine", b, x, mean, rstd, weight);
+  check_countable("norm_affine", checked.affine.affine);
   const AffineOutputs outputs(checked.affine, /*total=*/true);
   Tensor workspace = workspace_like(b, cuda::norm_affine_workspace(checked.normalisation));
   check_launch("norm_affine", cuda::launch_norm_affine(checked.normalisation, outputs.results(),

@@ -55,6 +55,15 @@ int main() {
     ++(large.*size);
     EXPECT(!countable(large));
   }
+  Affine layer{};
+  layer.batch = layer.channels = kCountable;
+  layer.before = 64;
+  EXPECT(countable(layer));
+  for (int64_t Affine::* size : {&Affine::batch, &Affine::channels, &Affine::before}) {
+    Affine large = layer;
+    ++(large.*size);
+    EXPECT(!countable(large));
+  }
   const Convolution image{nullptr,   nullptr,   DType::kFloat32, 2,         1,         64,        64, 1,
                           {1, 9, 9}, {1, 9, 9}, {1, 3, 3},       {1, 1, 1}, {0, 1, 1}, {1, 1, 1}, {}, {}};
   EXPECT(countable(image));

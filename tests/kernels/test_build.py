@@ -132,8 +132,8 @@ def test_kernels_have_readable_names() -> None:
 
 # --- 32-bit numbers ---
 
-# Sizes that kernels count in 32 bits: core/limits.h bounds those of products and convolutions, checked_picks the positions of tokens.
-COUNTED = "batch positions in_features out_features out kernel stride padding dilation group_channels offsets".split()
+# Sizes that kernels count in 32 bits: core/limits.h bounds them, checked_picks the positions of tokens.
+COUNTED = "batch positions in_features out_features out kernel stride padding dilation group_channels group_outputs offsets channels before".split()
 
 
 def test_what_kernels_count_in_32_bits_is_bounded() -> None:
@@ -141,8 +141,8 @@ def test_what_kernels_count_in_32_bits_is_bounded() -> None:
         for size in re.findall(r"static_cast<u?int(?:32_t)?>\((?:o|c|rows|picks|affine|operands)\.(\w+)", path.read_text()):
             assert size in COUNTED, f"{path.name} keeps {size} in 32 bits: bound it in core/limits.h or use 64"
     for op in OPS:
-        binding = (ROOT / "csrc" / "torch" / f"{op}_cuda.cpp").read_text()
-        if "checked_operands(" in binding or "checked_convolution(" in binding:
+        binding = (ROOT / "csrc" / "torch" / f"{op.rstrip('_')}_cuda.cpp").read_text()
+        if re.search(r"checked_(operands|convolution|affine|normalisation)\(", binding):
             assert f'check_countable("{op}", ' in binding, f"{op}_cuda.cpp launches kernels that count in 32 bits and does not ask whether they can"
 
 
