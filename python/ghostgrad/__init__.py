@@ -37,5 +37,12 @@ from .rules import register_rule as register_rule
 from .tap import Tap as Tap
 from .tap import declare_samples as declare_samples
 from .tap import tap as tap
+from .trace import CurvatureTrace as CurvatureTrace
+from .trace import Eigenvalues as Eigenvalues
+from .trace import HessianTrace as HessianTrace
+from .trace import fisher_trace as fisher_trace
+from .trace import ggn_trace as ggn_trace
+from .trace import hessian_trace as hessian_trace
+from .trace import top_eigenvalue as top_eigenvalue
 
 __version__ = "0.1.0"
