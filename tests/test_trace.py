@@ -6,14 +6,19 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import ghostgrad as gg
@@ -452,6 +457,30 @@ def test_half_precision() -> None:
         warnings.simplefilter("always")
         est = gg.hessian_trace(model, per_sample, x, y, method="two_point_grad")
     assert est.warnings or abs(est.mean / exact.mean - 1) < 0.2
+
+
+def _sharded(rank: int, path: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    generator = torch.Generator().manual_seed(0)
+    w, x = torch.randn(6, 5, dtype=F64, generator=generator), torch.randn(9, 5, dtype=F64, generator=generator)
+    plain, sharded, inputs = nn.Parameter(w.clone()), nn.Parameter(distribute_tensor(w, mesh, [Shard(0)])), distribute_tensor(x, mesh, [Replicate()])
+
+    def of_shards() -> Tensor:
+        return (inputs @ sharded.T).sin().sum().full_tensor()  # type: ignore[attr-defined]
+
+    for method in METHODS[:3]:
+        whole = gg.hessian_trace(lambda: (x @ plain.T).sin().sum(), [plain], method=method, probes=6)
+        parts = gg.hessian_trace(of_shards, [sharded], method=method, probes=6)
+        torch.testing.assert_close(parts.samples, whole.samples, rtol=1e-4, atol=1e-4)
+    with pytest.raises(gg.UnsupportedUseError, match="sharded parameters cannot be kept; hessian_trace's other methods work"):
+        gg.hessian_trace(of_shards, [sharded], method="hutch++", probes=6)
+    dist.destroy_process_group()
+
+
+def test_sharded_parameters(tmp_path: Path) -> None:
+    mp.spawn(_sharded, (str(tmp_path / "store"),), 2)
 
 
 def test_printing() -> None:

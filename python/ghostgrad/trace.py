@@ -50,6 +50,11 @@ def _probe_seed(seed: int, probe: int) -> int:
     return seed + (probe << 32)
 
 
+def _whole(t: Any) -> Tensor:
+    """All of a ``DTensor``, on every process."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
 def _extra(module: str, caller: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
@@ -385,8 +390,7 @@ class _Problem:
 
     def dot(self, plus: Sequence[Tensor], minus: Sequence[Tensor] | None, probe: int, sigma: float = 0.5) -> Tensor:
         """(P,) ``xi . (plus - minus) / (2 sigma)`` of every parameter. Sharded gradients are gathered."""
-        plus = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in plus]
-        minus = None if minus is None else [t.full_tensor() if hasattr(t, "full_tensor") else t for t in minus]
+        plus, minus = [_whole(t) for t in plus], None if minus is None else [_whole(t) for t in minus]
         blocks = [Block(number, 0, t.numel(), t.numel()) for number, t in zip(self.addressed.numbers, plus)]
         dots = torch.empty(len(plus), dtype=torch.float64, device=plus[0].device)
         for device in self.devices:
@@ -474,9 +478,7 @@ class _Problem:
 
     def flat(self, vector: Sequence[Tensor]) -> Tensor:
         if any(hasattr(t, "full_tensor") for t in vector):
-            raise UnsupportedUseError(
-                f"ghostgrad.{self.caller}: vectors of sharded parameters cannot be kept here; method='two_point' or 'two_point_grad' work"
-            )
+            raise UnsupportedUseError(f"ghostgrad.{self.caller}: whole vectors of sharded parameters cannot be kept; hessian_trace's other methods work")
         return torch.cat([t.detach().flatten().to(vector[0].device) for t in vector])
 
     def unflat(self, flat: Tensor) -> list[Tensor]:
@@ -667,7 +669,7 @@ def _scale(problem: _Problem, method: str, sigma: float | None, n: int) -> _Scal
         return (rows.mean(1) if zero is not None and problem.reduction == "mean" else rows.sum(1)).cpu()
 
     count = sum(p.numel() for p in problem.params)
-    squares = sum(float(p.detach().double().square().sum()) for p in problem.params)
+    squares = sum(float(_whole(p.detach().double().square().sum())) for p in problem.params)
     rms = math.sqrt(squares / count) if squares > 0 and math.isfinite(squares) else 1.0
     eps = max(torch.finfo(p.dtype).eps for p in problem.params)
     tiny = eps ** (2 / 3) * rms
@@ -775,7 +777,8 @@ def hessian_trace(
 
     The table at the top of :mod:`ghostgrad.trace` has the methods. ``two_point`` and ``two_point_grad`` work with any attention kernel and with operations
     without a double backward. At a kink (ReLU, max pooling, absolute values) there is no second derivative: they give the trace of the loss *smoothed* by the
-    noise, ``E l(w + sigma xi)``, which double backward does not see and noise-stability training minimises, and say so in a warning.
+    noise, which double backward does not see and noise-stability training minimises, and say so in a warning. With normal noise ``two_point_grad`` is the
+    trace of the Hessian of ``E l(w + sigma xi)``, and ``two_point`` its mean over the scales up to sigma (``docs/traces.md``).
 
     Errors other than that of the probes: truncation, ``O(sigma^2)``, and rounding, ``e / sigma^2`` for ``two_point`` and ``e / sigma`` for ``two_point_grad``,
     with ``e`` that of the forward and of the backward pass. In float32 ``two_point_grad`` is the more exact, ``two_point`` the cheaper one.
@@ -811,7 +814,8 @@ def hessian_trace(
     Raises:
         ValueError: an argument is not as above; the loss is not finite, has another shape, or differs between two evaluations at the same parameters.
         TypeError: the data are not as above, or parameters are no tensors in 16 to 64 bits.
-        UnsupportedUseError: method "hvp" or "hutch++", and an operation has no second derivative.
+        UnsupportedUseError: method "hvp" or "hutch++", and an operation has no second derivative; "hutch++" and sharded parameters (``DTensor``). The other
+            methods take them; the loss must then be the same number on every process.
     """
     caller = "hessian_trace"
     if method not in METHODS:
