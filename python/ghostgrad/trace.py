@@ -333,7 +333,9 @@ class _Problem:
         else:  # a closure's modules are found when they are called for the first time
             handle = register_module_forward_pre_hook(self._keep_buffers)
             try:
-                loss = closure()
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")  # which may well fire twice
+                    loss = closure()
             finally:
                 handle.remove()
             self._watched = True
@@ -1195,7 +1197,8 @@ def top_eigenvalue(
         curvature: "hessian", or "ggn" (needs a model and data, and a loss that is twice differentiable in the model's output).
         method: "hvp", products by double backward; or "two_point_grad", ``(grad l(w + s v) - grad l(w - s v)) / (2 s)``, where operations have none
             (Hessian only).
-        sigma: of "two_point_grad": the root mean square of ``s v``; "auto" as for :func:`hessian_trace`.
+        sigma: of "two_point_grad": ``s = sigma n^(1/4)`` for n elements and unit vectors v: eigenvectors lie between a single element, which sigma would
+            suit, and noise, for which it would be ``sigma n^(1/2)``. "auto": as for :func:`hessian_trace`.
         tol: relative accuracy that the iteration asks for.
         max_products: about how many products before it gives up.
         seed: of the first vector.
@@ -1241,7 +1244,7 @@ def top_eigenvalue(
             if step is None:
                 (product,) = problem.multiply([v], problem.gauss_newton if curvature == "ggn" else None)
             else:
-                product = _difference(problem, v, step * math.sqrt(n))
+                product = _difference(problem, v, step * n**0.25)
             flat = problem.flat(product).double().cpu()
             if not flat.isfinite().all():
                 raise ValueError(f"ghostgrad.{caller}: the loss, or its second derivative, is not finite at the parameters")
