@@ -53,9 +53,10 @@ def tool_folders() -> list[str]:
 
 
 def environment_of_children() -> dict[str, str]:
-    # Our own tree comes first, before any installed ghostgrad; the tools behind those that the user has on PATH.
+    # Our own tree comes first, before any installed ghostgrad, once its extension is built; the tools behind those that the user has on PATH.
     path = os.pathsep.join([os.environ.get("PATH", ""), *tool_folders()])
-    python_path = [str(ROOT / "python"), str(ROOT / "tests"), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    own = [str(ROOT / "python")] if any((ROOT / "python" / "ghostgrad").glob("_C*.so")) else []
+    python_path = [*own, str(ROOT / "tests"), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PATH": path, "PYTHONPATH": os.pathsep.join(filter(None, python_path)), "PYTHONUNBUFFERED": "1", "CI": "1"}
 
 
