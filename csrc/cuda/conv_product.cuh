@@ -88,8 +88,16 @@ struct ConvSource {
   template <class Rows, class Columns>
   __device__ __forceinline__ void stage(int sample, int t, int row, int column, Rows& rows, Columns& columns) const {
     constexpr int kVector = 16 / sizeof(S);
-    b_vectors ? stage_rows<kVector>(sample, t, row, rows) : stage_rows<1>(sample, t, row, rows);
-    x_vectors ? stage_columns<kVector>(sample, t, column, columns) : stage_columns<1>(sample, t, column, columns);
+    if (b_vectors) {
+      stage_rows<kVector>(sample, t, row, rows);
+    } else {
+      stage_rows<1>(sample, t, row, rows);
+    }
+    if (x_vectors) {
+      stage_columns<kVector>(sample, t, column, columns);
+    } else {
+      stage_columns<1>(sample, t, column, columns);
+    }
   }
 
  private:

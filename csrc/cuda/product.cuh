@@ -31,7 +31,6 @@ enum class Adjacent { kInner, kOuter };
 // kStep x kExtent elements of an operand in shared memory. The padding keeps the rows of a fragment in different banks.
 template <class S, Adjacent kAdjacent, int kStep, int kExtent, int kPad>
 struct Staged {
-  using Element = S;
   static constexpr int kLength = (kAdjacent == Adjacent::kInner ? kStep : kExtent) + kPad;  // of a row
   static_assert(kLength * sizeof(S) % 16 == 0, "rows are aligned to 16 bytes");
   alignas(16) S data[(kAdjacent == Adjacent::kInner ? kExtent : kStep) * kLength];

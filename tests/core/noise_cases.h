@@ -9,6 +9,7 @@
 #include "core/noise.h"
 #include "core/nso.h"
 #include "core/sections.h"
+#include "dtypes.h"
 
 namespace noise_cases {
 
@@ -16,15 +17,6 @@ using namespace ghostgrad;
 
 constexpr core::Distribution kDistributions[] = {core::Distribution::kRademacher, core::Distribution::kNormal,
                                                  core::Distribution::kUniform};
-
-template <class S>
-constexpr core::DType kDType = core::DType::kFloat32;
-template <>
-constexpr core::DType kDType<double> = core::DType::kFloat64;
-template <>
-constexpr core::DType kDType<core::BFloat16> = core::DType::kBFloat16;
-template <>
-constexpr core::DType kDType<core::Float16> = core::DType::kFloat16;
 
 inline core::Section whole(int64_t elements, uint32_t number) {
   return core::Section{elements, number, 0, 0, elements, elements, 0};

@@ -9,6 +9,7 @@
 
 #include "convolutions.h"
 #include "cpu/ops.h"
+#include "dtypes.h"
 #include "expect.h"
 
 using namespace ghostgrad;
@@ -18,25 +19,6 @@ static cpu::ParallelFor backwards() {
   return cpu::ParallelFor{[](int64_t count, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
     for (int64_t unit = count; unit-- > 0;) body(unit, unit + 1, context);
   }};
-}
-
-template <class S>
-static core::DType dtype_of();
-template <>
-core::DType dtype_of<float>() {
-  return core::DType::kFloat32;
-}
-template <>
-core::DType dtype_of<double>() {
-  return core::DType::kFloat64;
-}
-template <>
-core::DType dtype_of<core::BFloat16>() {
-  return core::DType::kBFloat16;
-}
-template <>
-core::DType dtype_of<core::Float16>() {
-  return core::DType::kFloat16;
 }
 
 template <class S>
@@ -58,7 +40,7 @@ static void test(cpu::Capability capability, int64_t B, int64_t T, int64_t p, in
   const double epsilon = sizeof(A) == 8 ? 1e-14 : 2e-6, store_epsilon = sizeof(S) == 2 ? 1e-2 : epsilon;
   const std::vector<S> a = draw<S>(B * T * (p + pad), 1), b = draw<S>(B * T * (d + pad), 2);
   const std::vector<A> weights = draw<A>(B, 3);
-  const core::Operands operands{a.data(),      b.data(), dtype_of<S>(), B,      T, p, d,
+  const core::Operands operands{a.data(),      b.data(), kDType<S>,     B,      T, p, d,
                                 T * (p + pad), p + pad,  T * (d + pad), d + pad};
 
   std::vector<long double> wgrad(static_cast<size_t>(d * p)), scale(wgrad), sum(wgrad), sum_scale(wgrad),
@@ -121,7 +103,7 @@ static void test(cpu::Capability capability, int64_t B, int64_t T, int64_t p, in
   }
   EXPECT(forwards_norms == backwards_norms || B * d * p == 0, "%s: the order of units shows", name);
 
-  const core::Rows rows{a.data(), dtype_of<S>(), B, T * p, T * (p + pad)};
+  const core::Rows rows{a.data(), kDType<S>, B, T * p, T * (p + pad)};
   if (pad == 0) {
     std::vector<A> row(static_cast<size_t>(B), A(-1));
     cpu::row_sqnorm(rows, row.data(), backwards(), capability);
@@ -148,8 +130,7 @@ static void test_embedding(cpu::Capability capability, int64_t B, int64_t T, int
     if (token < 0 && generator() % 4 != 0) token = static_cast<Index>(-(token + 1));
   }
   for (Index& token : index) token = tokens[generator() % tokens.size()];
-  const core::Picks picks{index.data(), sizeof(Index) == 8, b.data(), dtype_of<S>(), B, T, d, 2 * T, 2, T * (d + 3),
-                          d + 3};
+  const core::Picks picks{index.data(), sizeof(Index) == 8, b.data(), kDType<S>, B, T, d, 2 * T, 2, T * (d + 3), d + 3};
 
   std::vector<A> forwards(static_cast<size_t>(B), A(-1)), result = forwards;
   cpu::embedding_sqnorm(picks, forwards.data(), cpu::serial(), capability);
@@ -203,7 +184,7 @@ static void test_affine(cpu::Capability capability, int64_t B, int64_t T, int64_
                               x.data(),
                               form > 2 ? mean.data() : nullptr,
                               form > 1 ? rstd.data() : nullptr,
-                              dtype_of<S>(),
+                              kDType<S>,
                               B,
                               T,
                               d,
@@ -290,7 +271,7 @@ template <class S>
 static void test_convolution(cpu::Capability capability, const convolutions::Case& c) {
   using A = core::accumulation_t<S>;
   const double epsilon = sizeof(A) == 8 ? 1e-13 : 1e-5, store_epsilon = sizeof(S) == 2 ? 1e-2 : epsilon;
-  core::Convolution o = convolutions::convolution(c, dtype_of<S>());
+  core::Convolution o = convolutions::convolution(c, kDType<S>);
   const std::vector<S> x = draw<S>(convolutions::x_elements(o), 1), b = draw<S>(convolutions::b_elements(o), 2);
   o.x = x.data();
   o.b = b.data();

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../core/convolutions.h"
+#include "../core/dtypes.h"
 #include "../core/expect.h"
 #include "core/tiles.h"
 #include "cpu/ops.h"
@@ -29,15 +30,6 @@
 using namespace ghostgrad;
 
 // --- operands and results ---
-
-template <class S>
-constexpr core::DType kDType = core::DType::kFloat32;
-template <>
-constexpr core::DType kDType<double> = core::DType::kFloat64;
-template <>
-constexpr core::DType kDType<core::BFloat16> = core::DType::kBFloat16;
-template <>
-constexpr core::DType kDType<core::Float16> = core::DType::kFloat16;
 
 // Half the distance from 1 to the next larger number.
 template <class S>
@@ -315,40 +307,31 @@ static Product<S> draw_product(Random& random, int number) {
   return Product<S>(random, s.B, s.T, s.p, s.d);
 }
 
+// Both formulas, against the one of the CPU that materialises tiles.
 template <class S>
-static void test_outer_sqnorm(Random& random, int number) {
+static void test_norms(Random& random, int number, const char* op, int64_t (*workspace)(const core::Operands&),
+                       cudaError_t (*launch)(const core::Operands&, void*, void*, cudaStream_t)) {
   using A = core::accumulation_t<S>;
   const Product<S> product = draw_product<S>(random, number);
   Buffer<double> truth(product.B);
   cpu::outer_sqnorm(product.wide(), truth.data(), cpu::serial(), cpu::capability());
   Expected expected;
   expected.add_norms<S>(truth);
-  check(product.name("outer_sqnorm"), expected, [&](std::vector<double>& results) {
+  check(product.name(op), expected, [&](std::vector<double>& results) {
     const core::Operands o = product.operands();
     Buffer<A> norms(o.batch);
-    const cudaError_t error =
-        cuda::launch_outer_sqnorm(o, norms.data(), Workspace(cuda::outer_sqnorm_workspace(o)).data(), nullptr);
+    const cudaError_t error = launch(o, norms.data(), Workspace(workspace(o)).data(), nullptr);
     append(results, norms);
     return error;
   });
 }
-
+template <class S>
+static void test_outer_sqnorm(Random& random, int number) {
+  test_norms<S>(random, number, "outer_sqnorm", cuda::outer_sqnorm_workspace, cuda::launch_outer_sqnorm);
+}
 template <class S>
 static void test_gram_sqnorm(Random& random, int number) {
-  using A = core::accumulation_t<S>;
-  const Product<S> product = draw_product<S>(random, number);
-  Buffer<double> truth(product.B);
-  cpu::outer_sqnorm(product.wide(), truth.data(), cpu::serial(), cpu::capability());  // another formula
-  Expected expected;
-  expected.add_norms<S>(truth);
-  check(product.name("gram_sqnorm"), expected, [&](std::vector<double>& results) {
-    const core::Operands o = product.operands();
-    Buffer<A> norms(o.batch);
-    const cudaError_t error =
-        cuda::launch_gram_sqnorm(o, norms.data(), Workspace(cuda::gram_sqnorm_workspace(o)).data(), nullptr);
-    append(results, norms);
-    return error;
-  });
+  test_norms<S>(random, number, "gram_sqnorm", cuda::gram_sqnorm_workspace, cuda::launch_gram_sqnorm);
 }
 
 template <class S>
