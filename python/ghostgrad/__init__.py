@@ -44,5 +44,7 @@ from .trace import fisher_trace as fisher_trace
 from .trace import ggn_trace as ggn_trace
 from .trace import hessian_trace as hessian_trace
 from .trace import top_eigenvalue as top_eigenvalue
+from .weighted import clipped_backward as clipped_backward
+from .weighted import weighted_backward as weighted_backward
 
 __version__ = "0.1.0"

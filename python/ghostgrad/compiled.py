@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 from .errors import UnsupportedUseError
 from .layout import Layout
 from .samplewise import tracing
-from .tap import _ACTIVE, Tap
+from .tap import _ACTIVE, Tap, leading_to_leaves
 
 __all__: list[str] = []
 
@@ -55,20 +55,7 @@ class Regions:
 
     def read_graph(self, roots: Sequence[Tensor]) -> None:
         """Finds the parameters that compiled calls under the tap have used. Raises if one of them has another use."""
-        users: dict[Any, list[Any]] = {}  # AccumulateGrad node -> the nodes that lead to it
-        waiting = [root.grad_fn for root in roots if root.grad_fn is not None]
-        seen = set(waiting)
-        while waiting:
-            node = waiting.pop()
-            for following, _ in node.next_functions:
-                if following is None:
-                    continue
-                if hasattr(following, "variable"):
-                    users.setdefault(following, []).append(node)
-                elif following not in seen:
-                    seen.add(following)
-                    waiting.append(following)
-        by_variable = {id(node.variable): nodes for node, nodes in users.items()}
+        by_variable = leading_to_leaves(roots)
         tapped = set(by_variable.get(id(self.pool), ()))
         self.calls = len(tapped)
         for name, p in zip(self.names, self.parameters):

@@ -7,8 +7,9 @@ All arithmetic here is made of differentiable operations.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,7 +28,18 @@ def _squares(x: Tensor) -> Tensor:
     return x.to(accumulation_dtype(x.dtype)).square().flatten(1).sum(1)
 
 
+def _scale(b: Tensor, weights: Tensor) -> Tensor:
+    """``weights_i b_i``, for ``b`` with the samples first."""
+    return b * weights.to(b.dtype).view(-1, *(1,) * (b.dim() - 1))
+
+
+def _square_sum(g: Tensor) -> Tensor:
+    """``sum_i g_i^2``, element by element, in the dtype that sums are accumulated in."""
+    return g.to(accumulation_dtype(g.dtype)).square().sum(0)
+
+
 _CHUNK = 1 << 19  # elements of a buffer that is formed for some samples at a time
+_GRADIENTS = 1 << 22  # elements of the per-sample gradients that are formed at a time
 
 
 class Contribution(ABC):
@@ -49,8 +61,26 @@ class Contribution(ABC):
     def sqnorm(self) -> Tensor:
         """``||g_i||^2``, (B,)."""
 
+    def scaled(self, weights: Tensor) -> Contribution:
+        """``c_i g_i`` for ``weights`` c (B,)."""
+        return Full(_scale(self.materialise(), weights))
+
     def total_and_sqnorm(self) -> tuple[Tensor, Tensor]:
         return self.total(), self.sqnorm()
+
+    def weighted_total(self, weights: Tensor) -> Tensor:
+        """``sum_i c_i g_i`` for ``weights`` c (B,)."""
+        return self.scaled(weights).total()
+
+    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``sum_i g_i``, ``sum_i g_i^2`` element by element, and ``||g_i||^2`` (B,)."""
+        g = self.materialise()
+        return g.sum(0), _square_sum(g), ops.row_sqnorm(g)
+
+    def pieces(self, size: int) -> Iterator[Tensor]:
+        """The gradients (B, n) cut into pieces (B, about ``size``), in an order of the elements' own that depends on the form alone."""
+        g = self.materialise()
+        yield from (g.flatten(1) if g.dim() > 1 else g[:, None]).split(max(1, size), 1)
 
     def form(self) -> Any:
         """Contributions of equal forms can be joined."""
@@ -92,6 +122,35 @@ class Outer(Contribution):
     def total_and_sqnorm(self) -> tuple[Tensor, Tensor]:
         fused = self.a.dim() == 3 and not (tracing() and self._single())
         return ops.wgrad_and_sqnorm(self.a, self.b) if fused else super().total_and_sqnorm()
+
+    def formed(self) -> Full:
+        """The same with the ``G_i`` formed. Not differentiable."""
+        return Full(*ops.per_sample_wgrad_and_sqnorm(self.a, self.b)) if self.a.dim() == 3 else Full(self.materialise())
+
+    def scaled(self, weights: Tensor) -> Outer:
+        if self.a.shape[-1] < self.b.shape[-1]:  # the smaller of the two
+            return replace(self, a=_scale(self.a, weights))
+        return replace(self, b=_scale(self.b, weights))
+
+    def weighted_total(self, weights: Tensor) -> Tensor:
+        wgrad = "matmul"
+        if self.a.dim() == 3:
+            B, T, p = self.a.shape
+            wgrad = ops.plan(B, T, p, self.b.shape[2], self.a.dtype, self.a.device, True).wgrad
+        if wgrad == "fused":
+            return ops.wgrad_sqnorm(self.a, self.b, weights)[0]
+        scaled = self.scaled(weights)
+        return ops.wgrad_sqnorm(scaled.a.flatten(0, 1)[None], scaled.b.flatten(0, 1)[None])[0] if wgrad == "product" else scaled.total()
+
+    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self.a.dim() == 3:
+            return ops.wgrad_moments(self.a, self.b)
+        return super().moments()
+
+    def pieces(self, size: int) -> Iterator[Tensor]:
+        rows = max(1, size // max(1, self.a.shape[-1] * self.a.shape[1:-2].numel()))
+        for b in self.b.split(rows, -1):
+            yield (b.mT @ self.a).flatten(1)
 
     def _single(self) -> bool:
         """One position for each sample, and little to compute."""
@@ -165,6 +224,13 @@ class Segments(Contribution):
             squares = squares.index_copy(0, products, outer.sqnorm())
         return squares.view(self.batch_size, self.groups).sum(1)
 
+    def scaled(self, weights: Tensor) -> Segments:
+        return replace(self, b=_scale(self.b, weights[self.samples]))
+
+    def pieces(self, size: int) -> Iterator[Tensor]:
+        for b in self.b.split(max(1, size // max(1, self.a.shape[1] * self.groups)), 1):
+            yield replace(self, b=b).materialise().flatten(1)
+
     def form(self) -> Any:
         return Outer, self.a.dtype, self.b.dtype, 3 if self.group is None else ("groups", self.groups)
 
@@ -180,6 +246,7 @@ class Full(Contribution):
     """Per-sample gradients that are there."""
 
     g: Tensor  # (B, *shape)
+    squares: Tensor | None = None  # (B,) their norms, if these are there, too
 
     @property
     def batch_size(self) -> int:
@@ -192,7 +259,13 @@ class Full(Contribution):
         return self.g
 
     def sqnorm(self) -> Tensor:
-        return ops.row_sqnorm(self.g)
+        return ops.row_sqnorm(self.g) if self.squares is None else self.squares
+
+    def scaled(self, weights: Tensor) -> Full:
+        return Full(_scale(self.g, weights))
+
+    def weighted_total(self, weights: Tensor) -> Tensor:
+        return torch.tensordot(weights.to(self.g.dtype), self.g, 1)
 
 
 @dataclass
@@ -308,6 +381,13 @@ class Rows(Contribution):
     def sqnorm(self) -> Tensor:
         return ops.row_sqnorm(self._samples_first())
 
+    def scaled(self, weights: Tensor) -> Rows:
+        own = weights.to(self.g.dtype).repeat_interleave(self.inner).repeat(self.outer)
+        return replace(self, g=self.g * own.view(-1, *(1,) * (self.g.dim() - 1 - self.dim % self.g.dim())))
+
+    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.g, self.g.to(accumulation_dtype(self.g.dtype)).square(), self.sqnorm()
+
     def form(self) -> Any:
         return Rows, self.dim, self.outer, self.inner
 
@@ -347,6 +427,31 @@ class Gathered(Contribution):
 
     def sqnorm(self) -> Tensor:
         return ops.embedding_sqnorm(self.index, self.b)
+
+    def scaled(self, weights: Tensor) -> Gathered:
+        return replace(self, b=_scale(self.b, weights))
+
+    def _merged(self) -> tuple[Tensor, Tensor]:
+        """``(keys, sums)``: the n rows that a sample touches, as ``sample * rows + row`` in ascending order, and what they get (n, d)."""
+        samples = torch.arange(self.batch_size, device=self.index.device)[:, None].expand_as(self.index)
+        keep = self.index >= 0
+        keys, place = torch.unique((samples * self.rows + self.index)[keep], return_inverse=True)
+        b = self.b[keep].to(accumulation_dtype(self.b.dtype))
+        return keys, b.new_zeros(len(keys), b.shape[-1]).index_add(0, place, b)
+
+    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        keys, sums = self._merged()
+        return self.total(), sums.new_zeros(self.rows, sums.shape[1]).index_add(0, keys % self.rows, sums.square()), self.sqnorm()
+
+    def pieces(self, size: int) -> Iterator[Tensor]:
+        keys, sums = self._merged()
+        touched, place = torch.unique(keys % self.rows, return_inverse=True)
+        samples, width = keys // self.rows, max(1, size // max(1, sums.shape[1]))
+        for first in range(0, len(touched), width):
+            inside = (place >= first) & (place < first + width)
+            g = sums.new_zeros(self.batch_size, min(width, len(touched) - first), sums.shape[1])
+            g[samples[inside], place[inside] - first] = sums[inside]
+            yield g.flatten(1)
 
     def form(self) -> Any:
         return Gathered, self.b.dtype, self.sparse
@@ -391,6 +496,26 @@ class Patches(Contribution):
     def total_and_sqnorm(self) -> tuple[Tensor, Tensor]:
         return ops.conv_wgrad_and_sqnorm(self.x, self.b, *self._arguments())
 
+    def scaled(self, weights: Tensor) -> Patches:
+        return replace(self, b=_scale(self.b, weights))
+
+    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        each = self.b.shape[2] * self.x.shape[2] // self.groups * math.prod(self.kernel)
+        some = max(1, _GRADIENTS // max(1, each))
+        total, squares, norms = torch.zeros(()), torch.zeros(()), []
+        for x, b in zip(self.x.split(some), self.b.split(some)):
+            parts = Full(replace(self, x=x, b=b).materialise()).moments()
+            total, squares = total + parts[0], squares + parts[1]
+            norms.append(parts[2])
+        return total, squares, torch.cat(norms)
+
+    def pieces(self, size: int) -> Iterator[Tensor]:
+        if self.groups != 1:
+            yield from super().pieces(size)
+            return
+        for b in self.b.split(max(1, size // max(1, self.x.shape[2] * math.prod(self.kernel))), 2):
+            yield replace(self, b=b).materialise().flatten(1)
+
     def form(self) -> Any:
         return Patches, self.x.dtype, self.x.shape[2:], self.b.shape[2:], self._arguments()
 
@@ -423,6 +548,16 @@ class Arranged(Contribution):
         total, sqnorm = self.of.total_and_sqnorm()
         return total.reshape(*self.shape).permute(*self.order), sqnorm
 
+    def scaled(self, weights: Tensor) -> Arranged:
+        return replace(self, of=self.of.scaled(weights))
+
+    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        total, squares, sqnorm = self.of.moments()
+        return total.reshape(*self.shape).permute(*self.order), squares.reshape(*self.shape).permute(*self.order), sqnorm
+
+    def pieces(self, size: int) -> Iterator[Tensor]:
+        return self.of.pieces(size)
+
     def form(self) -> Any:
         return Arranged, self.of.form(), tuple(self.shape), tuple(self.order)
 
@@ -432,8 +567,12 @@ class Arranged(Contribution):
 
 def inner(x: Contribution, y: Contribution) -> Tensor | None:
     """``<g_i, h_i>`` (B,) of two contributions of different forms, where that is cheap; else None."""
-    if isinstance(x, Outer | Segments) and isinstance(y, Gathered):
+    if isinstance(y, Gathered):
         x, y = y, x
+    if isinstance(x, Gathered) and isinstance(y, Full):  # (B, V, d)
+        samples = torch.arange(x.batch_size, device=x.index.device)[:, None]
+        products = y.g[samples, x.index.clamp_min(0)] * x.b  # (B, T, d)
+        return torch.where(x.index >= 0, products.sum(2, dtype=accumulation_dtype(products.dtype)), 0).sum(1)
     if isinstance(x, Gathered) and isinstance(y, Segments) and y.group is None:
         products = x.b.new_zeros(x.batch_size, dtype=accumulation_dtype(y.a.dtype))
         for samples, outer in y._padded():

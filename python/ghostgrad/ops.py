@@ -765,6 +765,21 @@ def _(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 torch.library.register_autograd("ghostgrad::wgrad_and_sqnorm", _wgrad_sqnorm_backward, setup_context=_save_operands)
 
 
+def per_sample_wgrad_and_sqnorm(
+    a: Tensor,  # (B, T, p)
+    b: Tensor,  # (B, T, d)
+) -> tuple[Tensor, Tensor]:  # (B, d, p), (B,)
+    """``G_i = b_i^T a_i`` themselves, in the dtype of ``a``, and ``||G_i||^2``, by whichever product :func:`plan` expects to be faster. Not differentiable."""
+    B, (T, p), d = a.shape[0], a.shape[1:], b.shape[2]
+    if a.is_cpu and plan(1, T, p, d, a.dtype, a.device, True).wgrad != "matmul":
+        g, squares = a.new_empty(B, d, p), a.new_empty(B, dtype=accumulation_dtype(a.dtype))
+        for i in range(B):
+            g[i], squares[i : i + 1] = wgrad_sqnorm(a[i : i + 1], b[i : i + 1])
+        return g, squares
+    g = b.mT @ a
+    return g, row_sqnorm(g)
+
+
 # --- convolutions: what the ops share ---
 
 

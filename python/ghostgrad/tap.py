@@ -37,9 +37,9 @@ from .errors import BatchCouplingError, GhostgradError, TapStateError, Unsupport
 from .layout import ELEMENTWISE, FACTORIES, PLAIN, AnyLayout, Known, Layout, Mixed, placed, propagate
 from .reference import accumulation_dtype
 from .rules import Call, writes_in_place
-from .samplewise import POINTWISE, hint, static
+from .samplewise import POINTWISE, hint, static, tracing
 
-__all__ = ["Tap", "declare_samples", "tap"]
+__all__ = ["Tap", "declare_samples", "leading_to_leaves", "tap", "total"]
 
 
 class _Active(threading.local):
@@ -93,7 +93,8 @@ class _View(NamedTuple):
 
 
 _Pending = tuple[Contribution, _View | None]
-_POOL = "(compiled)"  # not a parameter's name
+_POOL, _LAYERS = "(compiled)", "(layers)"  # not parameters' names
+Consumer = Callable[["_LeafNode", Sequence[_Pending]], tuple[Tensor | None, Tensor | None]]
 
 
 class _Pass:
@@ -115,6 +116,8 @@ class _Pass:
         self.norms: dict[str, Tensor] | None = None
         self.regions: Any = None  # of compiled code: see ghostgrad.compiled
         self.observe: Callable[[Sequence[_Node], Callable[[], Any]], Any] | None = None  # runs the collectors of some nodes, for ghostgrad.explain
+        self.consume: Consumer | None = None  # makes something else of a parameter's contributions: its gradient and the tap's, if any
+        self.output_bytes = 0  # of the operations that use parameters, and so of what all contributions hold beside what autograd keeps
 
     def expect_backward(self) -> None:
         """Another backward will be read apart from those before it."""
@@ -220,13 +223,10 @@ def _merge(contributions: Sequence[_Pending]) -> list[_Pending]:
     return [(uses[0][0] if len(uses) == 1 else uses[0][0].join([c for c, _ in uses[1:]]), uses[0][1]) for uses in alike.values()]
 
 
-def _total(contributions: Sequence[_Pending]) -> Tensor:
-    """The sum over samples and uses: the ordinary gradient."""
-    parts = [c.total() if view is None else _pull_back(view, c.total()) for c, view in contributions]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+def total(contributions: Sequence[_Pending], weights: Tensor | None = None) -> Tensor:
+    """The sum over samples and uses: the ordinary gradient, or one in which sample i counts ``weights[i]`` times."""
+    sums = ((c.total() if weights is None else c.weighted_total(weights), view) for c, view in contributions)
+    return functools.reduce(torch.add, [part if view is None else _pull_back(view, part) for part, view in sums])
 
 
 def _materialise(contributions: Sequence[_Pending]) -> Tensor:
@@ -285,11 +285,12 @@ class _Layer:
     gradients as always, and a hook on it brings ``b``. Where the weight or the bias has other uses too, these gradients are dropped and formed with theirs.
     """
 
-    __slots__ = ("_b", "_nodes", "_recorded", "_task", "_version", "_x")
+    __slots__ = ("_b", "_nodes", "_recorded", "_task", "_version", "_x", "edge")
 
     def __init__(self, x: Tensor, nodes: Sequence[_LeafNode], sources: Sequence[Tensor]):
         self._x: Tensor | None = x  # (B, p)
         self._b: Tensor | None = None  # (B, d)
+        self.edge: Any = None  # where b arrives: the operation in autograd's graph
         self._version, self._nodes = x._version, nodes
         self._task = self._recorded = -1  # the last backward pass that ran through the operation, and the last one that was recorded
         tensors = _Collect.apply(tuple(nodes), self, *sources, *(node.leaf for node in nodes))
@@ -304,7 +305,25 @@ class _Layer:
                 self._recorded = self._task
 
     def release(self) -> None:
-        self._x = self._b = None
+        self._x = self._b = self.edge = None
+
+    def input(self) -> Tensor | None:
+        x = self._x
+        if x is not None and x._version != self._version:
+            raise RuntimeError(
+                f"ghostgrad: the input of the layer with parameter {self._nodes[0].name!r} was modified by an in-place operation before backward"
+            )
+        return x
+
+    def alone(self) -> bool:
+        """True if its parameters have no other uses."""
+        return all(node._attached is None for node in self._nodes)
+
+    def contribute(self, x: Tensor, b: Tensor) -> None:
+        """Hands the contributions to the collectors."""
+        self._nodes[0].add(Outer(x.unsqueeze(1), b.unsqueeze(1)), None)
+        if len(self._nodes) > 1:
+            self._nodes[1].add(Affine(Positions(b[:, None, :, None]), False, b.shape[1:]), None)
 
     def _sqnorm(self, x: Tensor, b: Tensor) -> Tensor:
         """Of all parameters together."""
@@ -313,7 +332,7 @@ class _Layer:
 
     def collect(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """The gradients of the parameters, and of their leaves. ``grads``: what the operation's backward made of them."""
-        nodes, x, b, task = self._nodes, self._x, self._b, torch._C._current_graph_task_id()
+        nodes, x, b, task = self._nodes, self.input(), self._b, torch._C._current_graph_task_id()
         if self._task != task or self._recorded not in (-1, task):  # not from the operation itself, or not alone: from a gradient penalty
             for node, grad in zip(nodes, grads):
                 node.refuse(grad)
@@ -326,20 +345,16 @@ class _Layer:
                 node.reach()
                 node.hand_out(grad)
             return (*grads, *(None,) * len(nodes))
-        if x._version != self._version:
-            raise RuntimeError(f"ghostgrad: the input of the layer with parameter {nodes[0].name!r} was modified by an in-place operation before backward")
         if not nodes[0].owner.repeats:
             self._x = None
-        if nodes[0].leaf is nodes[-1].leaf and not any(node._pending for node in nodes):
+        if nodes[0].leaf is nodes[-1].leaf and nodes[0].owner.consume is None and not any(node._pending for node in nodes):
             for node, grad in zip(nodes, grads):
                 node.reach()
                 node.hand_out(grad)
             observe = nodes[0].owner.observe
             sqnorm = self._sqnorm(x, b) if observe is None else observe(nodes, lambda: self._sqnorm(x, b))
             return (*grads, _like(sqnorm, nodes[0].leaf), *(None,) * (len(nodes) - 1))
-        nodes[0].add(Outer(x.unsqueeze(1), b.unsqueeze(1)), None)
-        if len(nodes) > 1:
-            nodes[1].add(Affine(Positions(b[:, None, :, None]), False, b.shape[1:]), None)
+        self.contribute(x, b)
         collected = [node.observed(grad) for node, grad in zip(nodes, grads)]
         return (*(grad for grad, _ in collected), *(sqnorm for _, sqnorm in collected))
 
@@ -377,6 +392,9 @@ class _LeafNode(_Node):
         for c, _ in contributions:
             if c.batch_size != self.leaf.shape[0]:
                 raise TapStateError(f"ghostgrad: parameter {self.name!r} was used with {c.batch_size} samples in a tap of batch size {self.leaf.shape[0]}")
+        if self.owner.consume is not None:
+            formed, sqnorm = self.owner.consume(self, contributions if len(contributions) == 1 else _merge(contributions))
+            return self.hand_out(formed), sqnorm
         want = self.want_grad
         if want and self.outer is not None and self.outer.owner.armed:  # then the enclosing tap forms the gradient
             want = False
@@ -385,15 +403,13 @@ class _LeafNode(_Node):
                     self.outer.add(c, view)
         if len(contributions) > 1:
             contributions, grad = _merge(contributions), None
-        formed, sqnorm = self._grad_and_sqnorm(contributions, want and grad is None)
+        formed, sqnorm = self.grad_and_sqnorm(contributions, want and grad is None)
         grad = None if not want else formed if grad is None else grad
-        if type(sqnorm) is not Tensor and hasattr(sqnorm, "full_tensor"):  # squares of a sharded parameter's parts
-            sqnorm = sqnorm.full_tensor()
         if grad is not None and grad.dtype != self.dtype:
             grad = grad.to(self.dtype)
-        return self.hand_out(grad), _like(sqnorm, self.leaf)
+        return self.hand_out(grad), sqnorm
 
-    def _grad_and_sqnorm(self, contributions: Sequence[_Pending], want: bool) -> tuple[Tensor | None, Tensor]:
+    def grad_and_sqnorm(self, contributions: Sequence[_Pending], want: bool) -> tuple[Tensor | None, Tensor]:
         """The gradient, if wanted, and the squared norms: uses of the same elements are added before they are squared, uses of disjoint elements may be squared
         apart. Only what is formed for each sample takes two passes."""
         grads: list[Tensor] = []
@@ -403,16 +419,19 @@ class _LeafNode(_Node):
             if len(group) > 1 and cross is None:
                 self.admit(self.leaf.shape[0] * self.shape.numel() * self.dtype.itemsize)
                 squares.append(ops.row_sqnorm(_materialise(group)))
-                grads += [_total(group)] * want
+                grads += [total(group)] * want
                 continue
             if cross is not None:  # ||g + h||^2
                 squares.append(2 * cross)
             for c, view in group:
-                total, square = c.total_and_sqnorm() if want else (None, c.sqnorm())
+                summed, square = c.total_and_sqnorm() if want else (None, c.sqnorm())
                 squares.append(square)
-                if total is not None:
-                    grads.append(total if view is None else _pull_back(view, total))
-        return functools.reduce(torch.add, grads) if want else None, functools.reduce(torch.add, squares)
+                if summed is not None:
+                    grads.append(summed if view is None else _pull_back(view, summed))
+        sqnorm = functools.reduce(torch.add, squares)
+        if type(sqnorm) is not Tensor and hasattr(sqnorm, "full_tensor"):  # squares of a sharded parameter's parts
+            sqnorm = sqnorm.full_tensor()
+        return functools.reduce(torch.add, grads) if want else None, _like(sqnorm, self.leaf)
 
 
 class _DerivedNode(_Node):
@@ -819,6 +838,8 @@ class Tap(TorchFunctionMode):
                     root.uses[label] = root.uses.get(label, 0) + 1
         call = Call(self, func, args, kwargs)
         out = rule(call, *args, **kwargs)
+        if not (call.followed or tracing()):  # where interception went on inside, the operations were seen one by one
+            self._pass.output_bytes += sum(t.nbytes for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor))
         if self._trace.layouts and not call.followed:  # what the rule does not say follows from the inputs
             data = [(t, self._layout_of(t)) for t in others if self._is_data(t)]
             silent = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and not any(t is marked for marked in call.marked)]
@@ -960,12 +981,12 @@ class Tap(TorchFunctionMode):
             node._attached = attached
             self._trace.derived[id(attached)] = (attached, node, None)
 
-    def _new_node(self, p: Tensor, outer: _LeafNode | None = None) -> _LeafNode:
+    def _new_node(self, p: Tensor, outer: _LeafNode | None = None, shared_leaf: str = "") -> _LeafNode:
         now = self._pass
         if now.batch_size is None:
             raise self._no_batch_size(p)
         name = self._names[id(p)][0]
-        key = name if self.by_param else ""
+        key = name if self.by_param else shared_leaf
         leaf = now.leaves.get(key)
         if leaf is None:
             dtype = accumulation_dtype(p.dtype) if self.by_param or not self._wide else torch.float64
@@ -999,12 +1020,14 @@ class Tap(TorchFunctionMode):
             )
         ):
             return None
-        nodes = [self._new_node(p) for p in sources]
+        nodes = [self._new_node(p, shared_leaf=_LAYERS) for p in sources]
         layer = _Layer(x, nodes, sources)
         now.layers.append(layer)
         out: Tensor = func(x, *(node._in_layer for node in nodes))
         assert out.grad_fn is not None
         out.grad_fn.register_hook(layer)
+        layer.edge = torch.autograd.graph.get_gradient_edge(out)
+        now.output_bytes += out.nbytes
         for node in nodes:
             node.uses["linear"] = 1
         return out
@@ -1162,6 +1185,8 @@ class Tap(TorchFunctionMode):
         for row, (key, p) in enumerate(zip([name for name, _ in self._names.values()], parameters) if self.by_param else [("", parameters[0])]):
             dtype = accumulation_dtype(p.dtype) if self.by_param or not self._wide else torch.float64
             norm = grads.get(key)
+            if not self.by_param and (of_layers := grads.get(_LAYERS)) is not None:
+                norm = of_layers if norm is None else norm + of_layers
             if pooled is not None:
                 part = pooled[row, 1 : 1 + batch_size].to(p.device, dtype)
                 norm = part if norm is None else norm + part
@@ -1186,6 +1211,24 @@ def _input_hook(tap: Tap) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any
                 tap._see_input(args, kwargs)
 
     return hook
+
+
+def leading_to_leaves(roots: Sequence[Tensor]) -> dict[int, list[Any]]:
+    """``{id of a leaf: autograd's nodes that hand it a gradient}``, of all leaves that ``roots`` depend on."""
+    users: dict[Any, list[Any]] = {}  # AccumulateGrad node -> the nodes that lead to it
+    waiting = [root.grad_fn for root in roots if root.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        for following, _ in node.next_functions:
+            if following is None:
+                continue
+            if hasattr(following, "variable"):
+                users.setdefault(following, []).append(node)
+            elif following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return {id(node.variable): nodes for node, nodes in users.items()}
 
 
 def _requires_grad(t: Tensor) -> bool:
