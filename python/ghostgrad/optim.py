@@ -116,13 +116,13 @@ class _Wrapper(Optimizer):
         else:  # from the constructor of Optimizer
             super().add_param_group(param_group)
 
-    def _settings(self) -> tuple[str, ...]:
-        """Names of the attributes that a checkpoint keeps."""
-        return ("statistics",)
+    def _own_state(self) -> dict[str, Any]:
+        """The attributes that a checkpoint keeps: numbers and words."""
+        return {"statistics": self.statistics}
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimiser's, and what is this one's own under ``"ghostgrad"``: a few numbers."""
-        return self.base.state_dict() | {"ghostgrad": {"class": type(self).__name__} | {name: getattr(self, name) for name in self._settings()}}
+        return self.base.state_dict() | {"ghostgrad": {"class": type(self).__name__, **self._own_state()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` gave; as with the options of torch's optimisers, what is loaded replaces what the constructor was given."""
@@ -134,7 +134,7 @@ class _Wrapper(Optimizer):
             )
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "ghostgrad"})
         self._share()
-        for name in self._settings():
+        for name in self._own_state():
             setattr(self, name, own[name])
 
     @torch.no_grad()
@@ -285,8 +285,23 @@ class NSO(_Wrapper):
         self.steps = 0  # taken so far
         super().__init__(params, base, statistics, grad_scaler, base_kwargs)
 
-    def _settings(self) -> tuple[str, ...]:
-        return (*super()._settings(), "steps", "seed", "sigma", "num_perturbs", "two_point", "mix", "distribution")
+    def _own_state(self) -> dict[str, Any]:
+        names = ("steps", "seed", "sigma", "num_perturbs", "two_point", "mix", "distribution")
+        return super()._own_state() | {name: getattr(self, name) for name in names}
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        state["ghostgrad"]["scheduled"] = self.sigma_schedule is not None
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        scheduled, here = state_dict.get("ghostgrad", {}).get("scheduled"), self.sigma_schedule is not None
+        if scheduled is not None and scheduled != here:
+            raise ValueError(
+                f"NSO: the state dict is of a run {'with' if scheduled else 'without'} a sigma_schedule, which no checkpoint keeps, and this one is "
+                f"{'with' if here else 'without'}: give the constructor what that run was given"
+            )
+        super().load_state_dict(state_dict)
 
     def noise_seed(self, step: int, perturbation: int) -> int:
         """The seed of a perturbation's noise: the address in :func:`ghostgrad.perturbed`. A hash, so that runs of neighbouring seeds share nothing."""
@@ -381,8 +396,8 @@ class SAM(_Wrapper):
         self.rho = rho
         super().__init__(params, base, statistics, grad_scaler, base_kwargs)
 
-    def _settings(self) -> tuple[str, ...]:
-        return (*super()._settings(), "rho")
+    def _own_state(self) -> dict[str, Any]:
+        return super()._own_state() | {"rho": self.rho}
 
     def _step(self, passes: _Passes) -> Any:
         ascent: Gradients = {}
