@@ -140,11 +140,12 @@ class _Wrapper(Optimizer):
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
         """One step. ``closure`` computes the loss, calls backward and returns the loss; whether it clears gradients does not matter, and what ``.grad`` held
-        before is dropped. Afterwards ``.grad`` is None. If the closure raises, parameters are what they were, and the step can be taken again."""
+        before is dropped. Afterwards ``.grad`` is None. If the closure raises, parameters are what they were, and the step may be taken again."""
         if closure is None:
             raise TypeError(f"{type(self).__name__}.step needs a closure that computes the loss, calls backward and returns the loss, got None")
-        loss = self._step(_Passes(self, closure))
-        self.zero_grad()
+        passes = _Passes(self, closure)
+        loss = self._step(passes)
+        passes.clear()
         return loss
 
     def _step(self, passes: _Passes) -> Any:
@@ -160,19 +161,20 @@ class _Wrapper(Optimizer):
 
 
 class _Passes:
-    """The passes of one step, and the parameters from which they start."""
+    """The passes of one step, and what they start from: parameters, and running statistics as the first pass left them."""
 
     def __init__(self, optimiser: _Wrapper, closure: Closure):
-        self.optimiser, self.closure, self.count = optimiser, closure, 0
-        self.addressed = optimiser._addressed()
+        self.name, self.closure, self.statistics = type(optimiser).__name__, closure, optimiser.statistics
+        self.params, self.addressed = optimiser._parameters(), optimiser._addressed()
         self.values = self.addressed.values()
+        self.buffers = running_statistics(optimiser.model) if optimiser.model is not None and self.statistics != "all" else []
+        self.kept: list[Tensor] | None = None  # None: the next pass may change the buffers
+        if self.statistics == "none":
+            self._keep_statistics()
 
     def run(self, grads: Gradients, move: Callable[[], None] | None = None) -> Any:
         """The loss after ``move`` has moved the parameters, which are put back; its gradients are added to ``grads``."""
-        opt = self.optimiser
-        frozen = opt.statistics == "none" or (opt.statistics != "all" and self.count > 0)
-        statistics = [(buffer, buffer.clone()) for buffer in running_statistics(opt.model)] if frozen and opt.model is not None else []
-        opt.zero_grad()
+        self.clear()
         try:
             if move is not None:
                 move()
@@ -181,24 +183,32 @@ class _Passes:
         finally:
             if move is not None:
                 self.addressed.restore_(self.values)
-            for buffer, value in statistics:
+            for buffer, value in zip(self.buffers, self.kept or ()):
                 buffer.copy_(value)
-        self.count += 1
+        if self.kept is None:
+            self._keep_statistics()
         self._take(grads)
         if loss is None:
-            raise TypeError(f"{type(opt).__name__}.step: the closure must return the loss, got None")
+            raise TypeError(f"{self.name}.step: the closure must return the loss, got None")
         return loss.detach() if isinstance(loss, Tensor) else loss
+
+    def _keep_statistics(self) -> None:
+        self.kept = [buffer.clone() for buffer in self.buffers]
 
     def _take(self, grads: Gradients) -> None:
         """A gradient's memory may be a bucket that the next pass writes to (``DistributedDataParallel``), so the first one is copied."""
-        found = [p for p in self.optimiser._parameters() if p.grad is not None]
+        found = [(p, p.grad) for p in self.params if p.grad is not None]
         if not found:
-            raise RuntimeError(f"{type(self.optimiser).__name__}.step: the closure left no gradient in any parameter: it must call loss.backward()")
-        both = [(grads[p], p.grad) for p in found if p in grads and p.grad is not None]
-        grads |= {p: p.grad.clone() for p in found if p not in grads and p.grad is not None}
-        if both:
-            torch._foreach_add_([total for total, _ in both], [grad for _, grad in both])
-        self.optimiser.zero_grad()
+            raise RuntimeError(f"{self.name}.step: the closure left no gradient in any parameter: it must call loss.backward()")
+        again = [(grads[p], grad) for p, grad in found if p in grads]
+        grads |= {p: grad.clone() for p, grad in found if p not in grads}
+        if again:
+            torch._foreach_add_([total for total, _ in again], [grad for _, grad in again])
+        self.clear()
+
+    def clear(self) -> None:
+        for p in self.params:
+            p.grad = None
 
 
 class NSO(_Wrapper):
@@ -348,7 +358,7 @@ class NSO(_Wrapper):
 
     def _sgd_step(self, sums: Gradients, centre: Gradients, passes: int) -> bool:
         """The step by :func:`ghostgrad.noise.nso_step_`, where that gives the same bits as the base; whether it does."""
-        if not _steps_plainly(self.base, self.grad_scaler) or not all(_is_plain(p, sums.get(p), centre.get(p)) for p in self._parameters()):
+        if not _steps_plainly(self.base, self.grad_scaler) or not all(_is_plain(p, sums[p], centre.get(p)) for p in sums):
             return False
         for group in self.param_groups:
             calls: dict[tuple[torch.device, bool], list[Tensor]] = {}
