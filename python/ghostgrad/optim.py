@@ -418,6 +418,7 @@ class SAM(_Wrapper):
             scale = self.rho / ((norm.full_tensor() if hasattr(norm, "full_tensor") else norm) + 1e-12)
             for p, grad in ascent.items():
                 p.add_(grad * scale.to(p.device))
+            ascent.clear()  # its memory is the second pass's
 
         grads: Gradients = {}
         passes.run(grads, climb)
