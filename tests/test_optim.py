@@ -15,17 +15,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import ghostgrad as gg
 from ghostgrad import _C, noise
+from helpers import in_own_process, needs_peak_memory
 
 SGD, Adam = torch.optim.SGD, torch.optim.Adam
 Closure = Callable[[], Tensor]
@@ -395,6 +399,53 @@ def test_what_is_not_finite_passes_through() -> None:
     assert math.isnan(opt.step(closure)) and all(p.isnan().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_channels_last_and_compiled_models(compiled: bool) -> None:
+    results = []
+    for plain in (False, True):  # a hook makes the base step by itself
+        torch.manual_seed(0)
+        model: Any = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3)).to(memory_format=torch.channels_last)
+        x, y = torch.randn(6, 3, 5, 5), torch.randint(3, (6,))
+        forward = torch.compile(model, backend="aot_eager") if compiled and not plain else model
+        opt = gg.optim.NSO(forward, SGD, lr=0.1, momentum=0.9, mix=0.2)
+        if plain:
+            seen(opt)
+
+        def closure() -> Tensor:
+            opt.zero_grad()  # noqa: B023
+            loss = F.cross_entropy(forward(x), y)  # noqa: B023
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            opt.step(closure)
+        results.append([*values(model), *(buffer.clone() for buffer in model.buffers())])
+    assert same_bits(*results)  # on a CPU without AVX2, where nothing is fused, the base always steps by itself
+
+
+_MEMORY = """
+import ghostgrad as gg
+torch.set_num_threads(1)
+model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024) for _ in range(16)))
+opt, x = gg.optim.{}(model, torch.optim.SGD, lr=1e-6, momentum=0.9), torch.randn(4, 1024)
+
+def closure():
+    loss = model(x).square().mean()
+    loss.backward()
+    return loss
+
+opt.step(closure)  # makes the momenta
+print(peak(lambda: opt.step(closure)) / 64)
+"""
+
+
+@needs_peak_memory
+@pytest.mark.parametrize("kind", ["NSO", "SAM"])
+def test_memory(kind: str) -> None:
+    """A copy of the parameters, and one of the gradients, beside the gradients themselves."""
+    assert 2.5 < in_own_process(_MEMORY.format(kind), MALLOC_MMAP_THRESHOLD_=str(1 << 16), MALLOC_TRIM_THRESHOLD_="0") < 3.3
+
+
 # --- running statistics ---
 
 
@@ -585,13 +636,15 @@ def flat(x: Any) -> Any:
     return {k: flat(v) for k, v in x.items()} if isinstance(x, dict) else [flat(v) for v in x] if isinstance(x, (list, tuple)) else x
 
 
-def test_what_is_loaded_replaces_what_was_given() -> None:
+def test_what_is_loaded_replaces_what_was_given(tmp_path: Path) -> None:
     model = build()
-    opt = gg.optim.NSO(model, SGD, lr=0.1, momentum=0.9, sigma=0.03, num_perturbs=2, two_point=False, mix=0.25, distribution="rademacher", seed=8)
+    sigma, seed = np.float64(0.03), np.int64(8)
+    opt = gg.optim.NSO(model, SGD, lr=0.1, momentum=0.9, sigma=sigma, num_perturbs=2, two_point=False, mix=0.25, distribution="rademacher", seed=seed)
     opt.step(closure_of(model, opt))
     other_model = copy.deepcopy(model)
     other = gg.optim.NSO(other_model, SGD, lr=0.7)
-    other.load_state_dict(copy.deepcopy(opt.state_dict()))  # torch shares the tensors of what it loads
+    torch.save(opt.state_dict(), tmp_path / "opt.pt")
+    other.load_state_dict(torch.load(tmp_path / "opt.pt"))
     assert other.steps == 1 and other.param_groups is other.base.param_groups and other.state is other.base.state
     for m, o in ((model, opt), (other_model, other)):
         o.step(closure_of(m, o))
@@ -714,10 +767,16 @@ def _sharded(model: nn.Sequential) -> nn.Module:
     return fully_shard(model)
 
 
+def _tensor_parallel(model: nn.Module) -> nn.Module:
+    plan = {"0": ColwiseParallel(output_layouts=Replicate()), "2": RowwiseParallel(input_layouts=Replicate())}
+    return parallelize_module(model, init_device_mesh("cpu", (WORLD,)), plan)  # type: ignore[arg-type]
+
+
 PREPARE: dict[str, Callable[[Any], Any]] = {
     "DistributedDataParallel": nn.parallel.DistributedDataParallel,
     "buckets": lambda model: nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True),
     "fully_shard": _sharded,
+    "tensor parallel": _tensor_parallel,
 }
 OPTIMISERS: dict[str, Callable[[Any], Any]] = {
     "SGD": lambda model: gg.optim.NSO(model, SGD, lr=0.1, momentum=0.9, sigma=0.05, mix=0.25, num_perturbs=2, seed=2),
@@ -750,7 +809,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
     for kind, prepare in PREPARE.items():
         for name, optimiser in OPTIMISERS.items():
             model = prepare(build(torch.float64))
-            results[kind, name] = _train(model, optimiser(model), slice(rank * 8, rank * 8 + 8))
+            results[kind, name] = _train(model, optimiser(model), slice(None) if kind == "tensor parallel" else slice(rank * 8, rank * 8 + 8))
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.barrier()
     os._exit(0)  # as in test_distributed.py

@@ -19,6 +19,7 @@ import functools
 import hashlib
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -290,8 +291,9 @@ class NSO(_Wrapper):
         noise.check_seed("NSO", seed)
         if sigma_schedule is not None and not callable(sigma_schedule):
             raise TypeError(f"NSO: sigma_schedule must be a function of the step's number, such as gg.optim.linear(sigma, steps), got {sigma_schedule!r}")
-        self.sigma, self.num_perturbs, self.two_point, self.mix = sigma, num_perturbs, two_point, mix
-        self.distribution, self.seed, self.sigma_schedule = distribution, seed, sigma_schedule
+        # Python's own numbers, whatever was given: torch.load reads no others
+        self.sigma, self.num_perturbs, self.two_point, self.mix = float(sigma), operator.index(num_perturbs), bool(two_point), float(mix)
+        self.distribution, self.seed, self.sigma_schedule = distribution, operator.index(seed), sigma_schedule
         self.steps = 0  # taken so far
         super().__init__(params, base, statistics, grad_scaler, base_kwargs)
 
@@ -403,7 +405,7 @@ class SAM(_Wrapper):
         **base_kwargs: Any,
     ):
         _check_sigma("SAM: rho", rho)
-        self.rho = rho
+        self.rho = float(rho)
         super().__init__(params, base, statistics, grad_scaler, base_kwargs)
 
     def _own_state(self) -> dict[str, Any]:
