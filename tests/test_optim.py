@@ -922,6 +922,22 @@ def test_more_errors() -> None:
         opt.step(lambda: closure() and None)
 
 
+def test_a_base_that_is_there_already() -> None:
+    model, twin = build(), build()
+    for m in (model, twin):
+        m[0].bias.requires_grad_(False)  # it may be among the base's
+    opt = gg.optim.NSO(model, SGD([{"params": model[2].parameters()}, {"params": model[0].parameters(), "lr": 0.01}], lr=0.1), seed=1)
+    assert [group["lr"] for group in opt.param_groups] == [0.1, 0.01]
+    twin_opt = gg.optim.NSO(twin, SGD, lr=0.1, seed=1)
+    twin_opt.base.param_groups[:] = [
+        {**twin_opt.param_groups[0], "params": [*twin[2].parameters()]},
+        {**twin_opt.param_groups[0], "params": [twin[0].weight], "lr": 0.01},
+    ]
+    for m, o in ((model, opt), (twin, twin_opt)):
+        o.step(closure_of(m, o))
+    assert same_bits(values(model), values(twin))  # the model numbers the noise, whatever the groups' order
+
+
 def test_noise_seeds_differ() -> None:
     opts = [gg.optim.NSO(build(), SGD, lr=0.1, seed=seed) for seed in range(3)]
     seeds = {opt.noise_seed(t, j) for opt in opts for t in range(50) for j in range(4)}
