@@ -12,7 +12,8 @@ import ghostgrad
 
 PACKAGE = Path(ghostgrad.__file__).parent
 ORDER = (
-    "errors _C reference samplewise layout ops noise perturb contributions rules layers recurrent distributed tap compiled norms weighted costs trace bench"
+    "errors _C reference samplewise layout ops noise perturb optim contributions rules layers recurrent distributed tap compiled norms weighted costs trace"
+    " bench training papers cli"
     " training papers cli"
 ).split()
 

@@ -283,13 +283,14 @@ def test_mixed_precision() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 30), nn.GELU(), nn.Linear(30, 4))
     x, y = torch.randn(8, 40), torch.randn(8)
-    exact = {}
+    exact: dict[str, Tensor] = {}
+    names = [name for name, _ in model.named_parameters()]
     with gg.tap(model) as tap, torch.autocast("cpu", torch.bfloat16):
         factors = gg.clipped_backward(sample_losses(model(x).float(), y), tap, 0.05)
     for i in range(8):
         with torch.autocast("cpu", torch.bfloat16):
             (loss,) = sample_losses(model(x[i : i + 1]).float(), y[i : i + 1])
-        for (name, p), g in zip(model.named_parameters(), torch.autograd.grad(loss, list(model.parameters()))):
+        for name, g in zip(names, torch.autograd.grad(loss, list(model.parameters()))):
             exact[name] = exact.get(name, 0) + factors[i] * g
     assert factors.max() < 1
     for name, p in model.named_parameters():

@@ -14,6 +14,7 @@ from . import compiled as compiled
 from . import layers as layers
 from . import noise as noise
 from . import ops as ops
+from . import optim as optim
 from . import recurrent as recurrent
 from . import reference as reference
 from . import rules as rules

@@ -79,13 +79,24 @@ class Addressed:
         ]
 
     @torch.no_grad()
-    def add_noise_(self, sigma: float, seed: int, distribution: str = "rademacher") -> None:
-        """``w <- w + sigma * xi``: one call of :func:`ghostgrad.noise.perturb_` for each device."""
-        devices: dict[torch.device, list[Part]] = {}
+    def add_noise_(self, sigma: float | Sequence[float], seed: int, distribution: str = "rademacher") -> None:
+        """``w <- w + sigma * xi``, with one sigma or one for each parameter: a call of :func:`ghostgrad.noise.perturb_` for each device and sigma."""
+        calls: dict[tuple[torch.device, float], list[Part]] = {}
         for part in self.parts():
-            devices.setdefault(part.tensor.device, []).append(part)
-        for parts in devices.values():
-            noise.perturb_([part.tensor for part in parts], seed, sigma, distribution, [part.block for part in parts])
+            calls.setdefault((part.tensor.device, sigma[part.parameter] if isinstance(sigma, Sequence) else sigma), []).append(part)
+        for (_, size), parts in calls.items():
+            noise.perturb_([part.tensor for part in parts], seed, size, distribution, [part.block for part in parts])
+
+    def values(self) -> list[Tensor]:
+        """Copies of what this process holds."""
+        return [part.tensor.clone() for part in self.parts()]
+
+    @torch.no_grad()
+    def restore_(self, values: list[Tensor]) -> None:
+        """Puts copies back."""
+        _reshard(self.model)  # what has been gathered since is of other values
+        for part, value in zip(self.parts(), values):
+            part.tensor.copy_(value)
 
     def _check_memory(self) -> None:
         extents = []
@@ -152,21 +163,20 @@ def perturbed(
     if freeze_statistics and not isinstance(params, nn.Module):
         raise ValueError("perturbed: freeze_statistics needs a model, whose normalisation layers are looked up; got an iterable of parameters")
     addressed = Addressed(params)
-    statistics = [(buffer, buffer.clone()) for buffer in _running_statistics(params)] if isinstance(params, nn.Module) and freeze_statistics else []
-    kept = [part.tensor.detach().clone() for part in addressed.parts()] if copy else []
+    statistics = [(buffer, buffer.clone()) for buffer in running_statistics(params)] if isinstance(params, nn.Module) and freeze_statistics else []
+    kept = addressed.values() if copy else []
     added = False
     try:
         addressed.add_noise_(sign * sigma, seed, distribution)
         added = True
         yield
     finally:
-        _reshard(addressed.model)  # what was gathered inside is perturbed
+        if copy:
+            addressed.restore_(kept)
+        elif added:
+            _reshard(addressed.model)  # what was gathered inside is perturbed
+            addressed.add_noise_(-sign * sigma, seed, distribution)
         with torch.no_grad():
-            if copy:
-                for part, value in zip(addressed.parts(), kept):
-                    part.tensor.copy_(value)
-            elif added:
-                addressed.add_noise_(-sign * sigma, seed, distribution)
             for buffer, value in statistics:
                 buffer.copy_(value)
 
@@ -234,7 +244,8 @@ def _runs(local: Tensor, full: tuple[int, ...], starts: list[int]) -> Iterator[t
     yield local, offset, run, math.prod(full[last:]) if run != local.numel() else run
 
 
-def _running_statistics(model: nn.Module) -> list[Tensor]:
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """The buffers of batch and instance norms."""
     return [buffer for module in model.modules() if isinstance(module, _NormBase) for buffer in module.buffers(recurse=False)]
 
 
