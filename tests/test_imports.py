@@ -14,7 +14,6 @@ PACKAGE = Path(ghostgrad.__file__).parent
 ORDER = (
     "errors _C reference samplewise layout ops noise perturb optim contributions rules layers recurrent distributed tap compiled norms weighted costs trace"
     " bench training papers cli"
-    " training papers cli"
 ).split()
 
 

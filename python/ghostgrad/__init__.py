@@ -31,7 +31,9 @@ from .errors import GhostgradError as GhostgradError
 from .errors import TapStateError as TapStateError
 from .errors import UnsupportedUseError as UnsupportedUseError
 from .norms import check as check
+from .norms import gradient_variance as gradient_variance
 from .norms import output_sqnorms as output_sqnorms
+from .norms import second_moments as second_moments
 from .norms import sqnorms as sqnorms
 from .perturb import perturbed as perturbed
 from .rules import register_rule as register_rule

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from .errors import TapStateError, UnsupportedUseError
 from .tap import Tap
 
-__all__ = ["CheckReport", "CheckRow", "ProbedSqnorms", "check", "output_sqnorms", "sqnorms"]
+__all__ = ["CheckReport", "CheckRow", "ProbedSqnorms", "check", "gradient_variance", "output_sqnorms", "second_moments", "sqnorms"]
 
 Parameters = Mapping[str, Tensor] | Iterable[Tensor]
 
@@ -119,6 +119,73 @@ def sqnorms(
     with torch.enable_grad(), _tapped(model, params, by_param=by_param, reduction=reduction, **options) as tap:
         loss = _loss("sqnorms", tap, model, loss_fn, batch, create_graph)
         return _result(tap, _backward(tap, loss, create_graph), by_param, create_graph)
+
+
+def second_moments(
+    model: Callable[..., Any],
+    loss_fn: Callable[[Any, Any], Tensor],
+    *batch: Any,
+    reduction: str = "mean",
+    params: Any = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """The sum over the samples of the squared gradient, element by element: ``sum_i g_i^2``, ``g_i = grad_theta l(f(x_i), y_i)``. ``.grad`` is not touched.
+
+    Divided by the number of samples it is the diagonal of the empirical Fisher matrix, and, if the labels are drawn from the model's own distribution, of the
+    Fisher matrix: the weights of elastic weight consolidation (Kirkpatrick et al., PNAS 2017, eq. 3). Of several batches they add up. The sum over the
+    elements of all parameters is that of :func:`sqnorms`.
+
+    Args:
+        model, loss_fn, batch, reduction, params, options: as for :func:`sqnorms`.
+
+    Returns:
+        ``{name: tensor of the parameter's shape}``, float64 for float64 and float32 otherwise.
+
+    In a training step of your own: ``gg.tap(model, moments=True)`` and ``tap.second_moments()``.
+
+    Cost: a training step, and 6 operations for each element of a sample's gradient, which is little where samples have many positions; for a linear layer on
+    single positions, another product of the size of its weight gradient. Convolutions, and uses that overlap, form some samples' gradients at a time.
+
+    Raises:
+        the errors of :func:`sqnorms`.
+    """
+    _check_arguments("second_moments", loss_fn, batch, reduction)
+    with torch.enable_grad(), _tapped(model, params, reduction=reduction, moments=True, **options) as tap:
+        tap._pass.norms = _backward(tap, _loss("second_moments", tap, model, loss_fn, batch, create_graph=False), create_graph=False)
+        return tap.second_moments()
+
+
+def gradient_variance(
+    model: Callable[..., Any],
+    loss_fn: Callable[[Any, Any], Tensor],
+    *batch: Any,
+    reduction: str = "mean",
+    params: Any = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """The variance of the per-sample gradients, element by element: ``(sum_i g_i^2 - B gbar^2) / (B - 1)``, ``gbar`` the mean gradient. Unbiased.
+
+    Arguments, cost and errors are those of :func:`second_moments`; ValueError for fewer than two samples. Where all samples' gradients agree to more than the
+    digits of their dtype, what is left is rounding; it is never negative.
+
+    Returns:
+        ``{name: tensor of the parameter's shape}``. Its sum over everything, divided by the size of a batch, is the trace of the covariance of the batch's
+        mean gradient.
+    """
+    _check_arguments("gradient_variance", loss_fn, batch, reduction)
+    with torch.enable_grad(), _tapped(model, params, want_grad=True, reduction=reduction, moments=True, **options) as tap:
+        loss, names = _loss("gradient_variance", tap, model, loss_fn, batch, create_graph=False), tap._names.values()
+        B = tap.batch_size or 0
+        if B < 2:
+            raise ValueError(f"ghostgrad.gradient_variance: a variance needs at least two samples, got {B}")
+        leaves = tap._pass.sources()
+        grads = torch.autograd.grad(loss, [*leaves.values(), *(p for _, p in names)], allow_unused=True)
+        tap._pass.norms = tap._read(dict(zip(leaves, grads)))
+        variance = {}
+        for (name, squares), grad in zip(tap.second_moments().items(), grads[len(leaves) :]):
+            mean = 0.0 if grad is None else grad.to_dense().to(squares.dtype) / (1 if tap.reduction == "mean" else B)
+            variance[name] = ((squares - B * mean * mean) / (B - 1)).clamp_min(0)
+        return variance
 
 
 class ProbedSqnorms(NamedTuple):

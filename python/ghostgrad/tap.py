@@ -117,6 +117,7 @@ class _Pass:
         self.regions: Any = None  # of compiled code: see ghostgrad.compiled
         self.observe: Callable[[Sequence[_Node], Callable[[], Any]], Any] | None = None  # runs the collectors of some nodes, for ghostgrad.explain
         self.consume: Consumer | None = None  # makes something else of a parameter's contributions: its gradient and the tap's, if any
+        self.squares: dict[str, Tensor] = {}  # second moments, if asked for
         self.output_bytes = 0  # of the operations that use parameters, and so of what all contributions hold beside what autograd keeps
 
     def expect_backward(self) -> None:
@@ -568,6 +569,7 @@ class Tap(TorchFunctionMode):
         params: Iterable[Tensor | str] | None = None,
         constants: Iterable[Tensor] = (),
         expand_limit: int = 1 << 31,
+        moments: bool = False,
         want_grad: bool = True,
     ):
         super().__init__()
@@ -592,7 +594,7 @@ class Tap(TorchFunctionMode):
             for tensor in (*own["_parameters"].values(), *own["_buffers"].values(), *(own[name] for name in own.keys() - _OF_MODULES)):
                 if isinstance(tensor, Tensor):
                     self._constants[id(tensor)] = tensor
-        self._want_grad = want_grad
+        self._want_grad, self._moments = want_grad, moments
         self._open = False
         self._handles: list[Any] = []
         self._warned: set[tuple[str, str]] = set()
@@ -654,6 +656,7 @@ class Tap(TorchFunctionMode):
 
     def _new_pass(self) -> _Pass:
         new = _Pass(self._given_batch_size)
+        new.consume = self._take_moments if self._moments else None
         if self._entry is not None and "torch._dynamo" in sys.modules:  # this process may compile; if not, it costs nothing
             new.regions = type(self)._make_regions(self)
         return new
@@ -1000,6 +1003,7 @@ class Tap(TorchFunctionMode):
         now, sources = self._pass, (weight,) if bias is None else (weight, bias)
         if (
             not self._want_grad
+            or self._moments
             or x.dim() != 2
             or weight.dim() != 2
             or x.shape[0] != now.batch_size
@@ -1152,6 +1156,43 @@ class Tap(TorchFunctionMode):
         if by_param:
             return dict(norms)
         return norms[""] if not self.by_param else torch.stack([norm.to(next(iter(norms.values()))) for norm in norms.values()]).sum(0)
+
+    def _take_moments(self, node: _LeafNode, contributions: Sequence[_Pending]) -> tuple[Tensor | None, Tensor]:
+        """Gradient, squares and norms of a parameter from one pass over the tiles of its per-sample gradients: a pass's ``consume``."""
+        parts = []
+        for group in _overlapping_groups(contributions, node.attached):
+            if len(group) > 1:
+                node.admit(node.leaf.shape[0] * node.shape.numel() * node.dtype.itemsize)
+            c, view = group[0] if len(group) == 1 else (Full(_materialise(group)), None)
+            summed, squares, sqnorm = c.moments()
+            parts.append((summed, squares, sqnorm) if view is None else (_pull_back(view, summed), _pull_back(view, squares), sqnorm))
+        summed, squares, sqnorm = (functools.reduce(torch.add, column) for column in zip(*parts))
+        self._pass.squares[node.name] = squares
+        return summed.to(node.dtype) if node.want_grad else None, _like(sqnorm, node.leaf)
+
+    def second_moments(self) -> dict[str, Tensor]:
+        """``sum_i g_i^2``, element by element, of the backward that ran inside the block; needs ``gg.tap(..., moments=True)``.
+
+        Returns:
+            ``{name: tensor of the parameter's shape}``, zeros where the loss does not reach; float64 for float64, else float32. Of each sample's own loss, as
+            :meth:`sqnorms`, which are their sums.
+
+        Raises:
+            the errors of :meth:`sqnorms`; TapStateError if they were not asked for, or the model is compiled.
+        """
+        if not self._moments:
+            raise TapStateError("ghostgrad: second moments must be asked for when the tap is made: gg.tap(..., moments=True)")
+        if self._pass.compiled:
+            raise TapStateError("ghostgrad: second moments are not formed in compiled code; call the model uncompiled")
+        if self._pass.norms is None:
+            self.sqnorms()
+        scale = (self.batch_size or 0) ** 2 if self.reduction == "mean" else 1
+        dtypes = {name: (p, accumulation_dtype(p.dtype)) for name, p in self._names.values()}
+        moments = {}
+        for name, (p, dtype) in dtypes.items():
+            squares = self._pass.squares.get(name)
+            moments[name] = torch.zeros_like(p, dtype=dtype, requires_grad=False) if squares is None else squares.to(dtype) * scale
+        return moments
 
     def _bypassed(self) -> UnsupportedUseError:
         return UnsupportedUseError(
@@ -1350,6 +1391,7 @@ def tap(target: nn.Module | Tensor | Mapping[str, Tensor] | Iterable[Tensor], **
         constants: tensors that carry no samples although their first dimension is as long as the batch (functional code only; buffers of a tapped module
             are known).
         expand_limit: bytes that one copy of a parameter's gradient per sample may take where there is no fused rule; more raises.
+        moments: also sum the squares of the per-sample gradients, element by element, for ``tap.second_moments()``.
 
     Cost: no copy per sample for ``F.linear``, matrix products, broadcast operations and normalisation layers; one copy per sample, with a warning, for an
     operation without a rule.

@@ -237,6 +237,8 @@ def _weighted_backward(caller: str, losses: Tensor, tap: Tap, weights: Weights, 
         raise TapStateError(f"{caller}: call it inside the tap's block: with gg.tap(model) as tap: ...")
     if len(_ACTIVE.taps) > 1:
         raise TapStateError(f"{caller}: more than one tap's block is open, and only one can form the weighted gradient; close the others")
+    if tap._moments:
+        raise TapStateError(f"{caller}: the tap was made with moments=True, and the moments of weighted gradients are not formed; use another tap")
     if now.compiled:
         raise TapStateError(f"{caller}: compiled code ran inside the block, whose backward forms sums without weights; call the model uncompiled")
     if not isinstance(losses, Tensor) or losses.dim() != 1 or losses.shape[0] != tap.batch_size:
