@@ -133,19 +133,27 @@ class Outer(Contribution):
         return replace(self, b=_scale(self.b, weights))
 
     def weighted_total(self, weights: Tensor) -> Tensor:
-        wgrad = "matmul"
-        if self.a.dim() == 3:
-            B, T, p = self.a.shape
-            wgrad = ops.plan(B, T, p, self.b.shape[2], self.a.dtype, self.a.device, True).wgrad
-        if wgrad == "fused":
-            return ops.wgrad_sqnorm(self.a, self.b, weights)[0]
-        scaled = self.scaled(weights)
-        return ops.wgrad_sqnorm(scaled.a.flatten(0, 1)[None], scaled.b.flatten(0, 1)[None])[0] if wgrad == "product" else scaled.total()
+        return ops.wgrad_sqnorm(self.a, self.b, weights)[0] if self._wgrad() == "fused" else self.scaled(weights)._product()
 
     def moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        if self.a.dim() == 3:
-            return ops.wgrad_moments(self.a, self.b)
-        return super().moments()
+        if self.a.dim() != 3:
+            return super().moments()
+        if self.a.shape[1] == 1:  # the squares of a product of two numbers
+            dtype = accumulation_dtype(self.a.dtype)
+            total, sqnorm = self.total_and_sqnorm()
+            return total, Outer(self.a.to(dtype).square(), self.b.to(dtype).square())._product(), sqnorm
+        return ops.wgrad_moments(self.a, self.b)
+
+    def _wgrad(self) -> str:
+        """What :func:`ghostgrad.ops.plan` says of the weight gradient."""
+        if self.a.dim() != 3:
+            return "matmul"
+        (B, T, p), d = self.a.shape, self.b.shape[2]
+        return ops.plan(B, T, p, d, self.a.dtype, self.a.device, True).wgrad
+
+    def _product(self) -> Tensor:
+        """:meth:`total` by whichever product is faster."""
+        return self.total() if self._wgrad() == "matmul" else ops.wgrad_sqnorm(self.a.flatten(0, 1)[None], self.b.flatten(0, 1)[None])[0]
 
     def pieces(self, size: int) -> Iterator[Tensor]:
         rows = max(1, size // max(1, self.a.shape[-1] * self.a.shape[1:-2].numel()))
