@@ -30,6 +30,7 @@ from .errors import BatchCouplingError as BatchCouplingError
 from .errors import GhostgradError as GhostgradError
 from .errors import TapStateError as TapStateError
 from .errors import UnsupportedUseError as UnsupportedUseError
+from .gram import gram as gram
 from .norms import check as check
 from .norms import gradient_variance as gradient_variance
 from .norms import output_sqnorms as output_sqnorms
