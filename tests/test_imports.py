@@ -12,7 +12,7 @@ import ghostgrad
 
 PACKAGE = Path(ghostgrad.__file__).parent
 ORDER = (
-    "errors _C reference samplewise layout ops noise perturb optim contributions rules layers recurrent distributed tap compiled norms gram weighted costs"
+    "errors _C reference samplewise layout ops noise perturb optim contributions rules layers recurrent distributed tap compiled norms gram weighted private costs"
     " trace bench training papers cli"
 ).split()
 
