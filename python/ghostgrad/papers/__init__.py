@@ -1,6 +1,6 @@
 """The papers' settings, by the name that ``ghostgrad run`` knows them under.
 
-One module per family. A setting is a frozen dataclass of its parameters, a few functions (its problem, what it measures, its figure) and its claims;
+One module per family. A setting is a frozen dataclass of its parameters, a few functions (how a run starts, what is measured, its figure) and its claims;
 the loop is :func:`ghostgrad.training.train`. A new setting is entered here.
 """
 
