@@ -312,7 +312,8 @@ class Fit(Toy):
 
 class Grid(Toy):
     def start(self, device: torch.device, compiled: bool) -> Run:
-        def work(arm: str, seed: int, clock: Clock) -> list[dict[str, float]]:
+        def work(arm: str, seed: int, clock: Clock, between: Callable[[], None]) -> list[dict[str, float]]:
+            between()
             type(self).fail(arm, seed)
             return [{"n": n, "loss": float(np.sin(n * seed + len(arm)))} for n in (1, 2)]
 

@@ -363,19 +363,20 @@ class GridRun(Run):
 
     Args:
         cells: (arm, seed) of each.
-        work: the rows of a cell, each of them the same columns, beside ``step`` (the cell's number, from 1), ``arm`` and ``seed``: ``work(arm, seed, clock)``.
+        work: the rows of a cell, each of them the same columns, beside ``step`` (the cell's number, from 1), ``arm`` and ``seed``:
+            ``work(arm, seed, clock, between)``. It calls ``between()`` now and then, as :meth:`Run.advance` does.
     """
 
     unit = "cell"
 
-    def __init__(self, cells: Sequence[tuple[str, int]], work: Callable[[str, int, Clock], list[dict[str, Any]]]) -> None:
+    def __init__(self, cells: Sequence[tuple[str, int]], work: Callable[[str, int, Clock, Callable[[], None]], list[dict[str, Any]]]) -> None:
         self.cells, self.work, self.reading_steps = cells, work, range(1, len(cells) + 1)
 
     def advance(self, start: int, stop: int, between: Callable[[], None]) -> None:
         between()
         arm, seed = self.cells[start]
         clock = Clock()
-        rows = [{"step": stop, "arm": arm, "seed": seed, **row} for row in self.work(arm, seed, clock)]
+        rows = [{"step": stop, "arm": arm, "seed": seed, **row} for row in self.work(arm, seed, clock, between)]
         self.done = Reading(rows, clock.seconds, f"{arm}, seed {seed}")
 
     def read(self, step: int) -> Reading:

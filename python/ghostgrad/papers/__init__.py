@@ -9,11 +9,14 @@ from __future__ import annotations
 import difflib
 
 from ..training import Setting
+from . import noise_stability
 from .label_noise import MatrixSensing, OnePoint, ReLU1D
 
 __all__ = ["SETTINGS", "suggest"]
 
-SETTINGS: dict[str, type[Setting]] = {setting.name: setting for setting in (OnePoint, ReLU1D, MatrixSensing)}
+SETTINGS: dict[str, type[Setting]] = {
+    setting.name: setting for setting in (OnePoint, ReLU1D, MatrixSensing, noise_stability.MatrixSensing, noise_stability.Quantisation)
+}
 
 
 def suggest(name: str) -> list[str]:
