@@ -51,6 +51,13 @@ class _Sensing(nn.Module):
         return a @ (self.w @ self.w.T).flatten()
 
 
+def _trace_by_norms(model: nn.Module, a: Tensor) -> float:
+    """The Hessian's trace of ``(1/4m) sum e_i^2`` where all errors are zero: half the mean squared norm of the outputs' gradients."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*has no fused rule")  # one copy of a gradient of 900 entries per sample is cheap
+        return 0.5 * gg.output_sqnorms(model, a).mean().item()
+
+
 @dataclass(frozen=True)
 class _Measurements:
     """What all arms of a seed share."""
@@ -63,7 +70,7 @@ class _Measurements:
 
 
 def label_variance(batch: int, lr: float, sigma: float) -> float:
-    """The variance of label noise that drifts as fast as parameter noise of deviation ``sigma`` does.
+    """The variance of label noise that drifts as fast as parameter noise of deviation ``sigma`` does, to first order in the learning rate.
 
     With loss ``(1/4n) sum e_i^2``, at zero error: ``tr H = reg / 2`` with ``reg = mean_i ||grad f_i||^2``. Parameter noise moves by
     ``-lr (sigma^2 / 2) grad tr H = -(lr sigma^2 / 4) grad reg`` a step. Label noise of variance v in batches of B is SGD on the half-squared loss with
@@ -82,8 +89,8 @@ class MatrixSensing(Setting):
     does label noise of the same drift (:func:`label_variance`), but at a training loss that stays high. One point instead of two leaves more loss as well,
     because its gradient has the noise ``H u``.
 
-    ``distance`` is ``||WW' - X*||_F / ||X*||_F``, not squared. Where gradient descent stops hardly depends on the truth, so its distance goes as 1 / tr X*: with
-    standard normal U*, tr X* is 30 on average, and it stops at 3.5 to 5. Here U* is normal and then scaled to ``truth_trace``.
+    ``distance`` is ``||WW' - X*||_F / ||X*||_F``, not squared. Where gradient descent stops hardly depends on the truth, so its distance goes as 1 / tr X*:
+    with standard normal U*, tr X* is 30 on average, and it stops at 3.5 to 5. Here U* is normal and then scaled to ``truth_trace``.
     """
 
     name: ClassVar[str] = "noise-stability/matrix-sensing"
@@ -93,9 +100,9 @@ class MatrixSensing(Setting):
 
     ARMS: ClassVar[tuple[str, ...]] = ("GD", "SGD", "label noise", "one point", "two points")
 
-    steps: int = 30_000
+    steps: int = 25_000
     """Steps; with two points each takes two gradients."""
-    read_every: int = 2_000
+    read_every: int = 2_500
     """Steps between two readings; before the first of them also at its halves, quarters, ..."""
     lr: float = 0.0025
     """Learning rate, for the loss (1/4m) sum e^2."""
@@ -133,7 +140,7 @@ class MatrixSensing(Setting):
         draw = torch.randn(self.num_measurements + 2, self.dim, self.dim, generator=torch.Generator().manual_seed(seed), dtype=DTYPE)
         a, u = (draw[2:] + draw[2:].mT) / 2, draw[0, :, : self.rank]
         a, u = a.flatten(1), u * math.sqrt(self.truth_trace / u.square().sum().item())
-        return _Measurements(a, a @ (u @ u.T).flatten(), u @ u.T, 0.5 * gg.output_sqnorms(_Sensing(u), a).mean().item(), draw[1])
+        return _Measurements(a, a @ (u @ u.T).flatten(), u @ u.T, _trace_by_norms(_Sensing(u), a), draw[1])
 
     def trainee(self, arm: str, seed: int, data: _Measurements) -> Trainee:
         model = _Sensing(data.start.clone())
@@ -180,9 +187,8 @@ class MatrixSensing(Setting):
             def loss() -> Tensor:
                 return 0.25 * (model(here.a) - here.y).square().mean()
 
-            with clock, warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*has no fused rule")  # one copy of a gradient of 900 entries per sample is cheap
-                norms = 0.5 * gg.output_sqnorms(model, here.a).mean().item()
+            with clock:
+                norms = _trace_by_norms(model, here.a)
                 trace = gg.hessian_trace(loss, model, method="two_point_grad", probes=self.probes)
             with torch.no_grad():
                 found = model.w @ model.w.T
@@ -406,7 +412,7 @@ class Quantisation(Setting):
             accuracy = rows[["accuracy", *(f"accuracy_{b}" for b in self.BITS)]].to_numpy().T  # (1 + bits, seeds)
             right.plot(accuracy, color=colour, lw=0.8, alpha=0.4)
             right.plot(accuracy.mean(1), "o-", color=colour, lw=2)
-            right.annotate(arm, (len(self.BITS) + 0.12, accuracy[-1].mean()), color=colour, va="center", annotation_clip=False)
+            right.annotate(arm, (1.01, accuracy[-1].mean()), xycoords=("axes fraction", "data"), color=colour, va="center", annotation_clip=False)
         for b in self.BITS:
             middle = float(np.exp(np.log(frame[f"predicted_{b}"]).mean()))
             left.annotate(f"{b} bits", (middle, middle / 12), ha="center", fontsize=9, color="0.3")
