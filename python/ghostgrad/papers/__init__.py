@@ -21,7 +21,8 @@ SETTINGS: dict[str, type[Setting]] = {
 
 def suggest(name: str) -> list[str]:
     """Known names close to ``name``; its last part alone ("relu1d") counts too."""
-    tails = {known.split("/")[-1]: known for known in SETTINGS}
+    tails = sorted({known.split("/")[-1] for known in SETTINGS})
+    meant = difflib.get_close_matches(name.split("/")[-1], tails, n=3, cutoff=0.6)
     close = difflib.get_close_matches(name, SETTINGS, n=3, cutoff=0.5)
-    close += [tails[t] for t in difflib.get_close_matches(name.split("/")[-1], tails, n=3, cutoff=0.6)]
+    close += [known for tail in meant for known in SETTINGS if known.split("/")[-1] == tail]
     return list(dict.fromkeys(close))
