@@ -43,6 +43,10 @@ def test_unknown_settings_suggest_near_ones(typed: str, meant: str, capsys: pyte
     assert f"Did you mean {meant}" in capsys.readouterr().err
 
 
+def test_a_name_in_two_families_suggests_both() -> None:
+    assert {"label-noise/matrix-sensing", "noise-stability/matrix-sensing"} <= set(suggest("matrix-sensing"))
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -12,11 +12,12 @@ from scipy.optimize import linprog, minimize, minimize_scalar
 
 import ghostgrad as gg
 from ghostgrad.papers import SETTINGS
-from ghostgrad.papers.label_noise import MatrixSensing, OnePoint, ReLU1D, one_point_floor, relu_1d_floor, statistical_dimension, unit_cost
-from ghostgrad.training import Arm, Setting, _advance, _replicas, _Stack, train
+from ghostgrad.papers.label_noise import Arm, LabelNoise, MatrixSensing, OnePoint, ReLU1D, one_point_floor, relu_1d_floor, statistical_dimension, unit_cost
+from ghostgrad.training import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no fused rule")
 
+FAMILY = {name: cls for name, cls in SETTINGS.items() if issubclass(cls, LabelNoise)}
 SLOPE = {"tanh": (np.tanh, lambda h: 1 - h**2), "logistic": (lambda z: 0.5 * (1 + np.tanh(z / 2)), lambda h: h * (1 - h))}
 
 # ---------------------------------------------------------------------------------------------------------------------------------------- one point
@@ -211,9 +212,9 @@ def test_reg_in_closed_form_is_what_the_ops_read() -> None:
     torch.testing.assert_close(gg.output_sqnorms(problem.model, problem.x), ((problem.x + problem.x.mT) @ u).square().sum((1, 2)), rtol=1e-11, atol=0)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", FAMILY)
 def test_arms_start_alike_and_the_floor_is_below(name: str) -> None:
-    setting = SETTINGS[name]()
+    setting = FAMILY[name]()
     by_variant: dict[str, list[torch.Tensor]] = {}
     for arm in setting.arms():
         problem = setting.problem(arm, 5)
@@ -229,13 +230,13 @@ def test_the_variance_of_the_noise_enters_and_the_learning_rate_squared() -> Non
 
     def drop(steps: int, lr: float, noise_variance: float) -> float:
         setting = OnePoint(activation="tanh", lr=lr, noise_variance=noise_variance, num_seeds=200)
-        replicas = _replicas(setting, torch.device("cpu"))
-        stack = _Stack(replicas, lr, torch.device("cpu"), compiled=False)
-        params = _advance(stack, replicas, setting, 0, steps)
+        stack = setting.start(torch.device("cpu"), compiled=False)
+        stack.advance(0, steps, lambda: None)
+        params = stack.params
         h = torch.tanh((params["weight"] @ stack.fixed["x"].mT)[:, :, 0])  # (R, width)
         reg = (h**2 + params["c"] ** 2 * (1 - h**2) ** 2).sum(1)
         loss = 0.5 * ((params["c"] * h).sum(1) - setting.target).square()
-        noisy = torch.tensor([r.arm.noise_variance > 0 for r in replicas])
+        noisy = torch.tensor([r.arm.noise_variance > 0 for r in stack.replicas])
         assert loss[noisy].mean().item() == pytest.approx(lr * noise_variance / 4 * reg[noisy].mean().item(), rel=0.3)
         return (reg[~noisy].mean() - reg[noisy].mean()).item()
 
@@ -246,7 +247,7 @@ def test_the_variance_of_the_noise_enters_and_the_learning_rate_squared() -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", FAMILY)
 def test_claims_hold_at_full_size(name: str, tmp_path) -> None:
-    setting: Setting = SETTINGS[name]()
+    setting = FAMILY[name]()
     assert train(setting, tmp_path, progress=False).holds

@@ -9,16 +9,38 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
+from torch import nn
 
-from ghostgrad.papers.label_noise import MatrixSensing, OnePoint
-from ghostgrad.training import CHUNK, Claim, NonFiniteError, RunDirectory, RunDirectoryError, draws, has_compiler, reading_steps, train
+from ghostgrad.papers.label_noise import CHUNK, MatrixSensing, OnePoint, draws
+from ghostgrad.training import (
+    Claim,
+    Clock,
+    CompileError,
+    GridRun,
+    MeanClaim,
+    NonFiniteError,
+    Outcome,
+    Run,
+    RunDirectory,
+    RunDirectoryError,
+    Setting,
+    Trainee,
+    TrainingRun,
+    batches,
+    has_compiler,
+    reading_steps,
+    train,
+)
 
 SMALL = OnePoint(steps=200, read_every=50, num_seeds=2)
 
@@ -26,7 +48,7 @@ SMALL = OnePoint(steps=200, read_every=50, num_seeds=2)
 def params_of(path: Path) -> dict[str, torch.Tensor]:
     checkpoint = RunDirectory(path).load_checkpoint()
     assert checkpoint is not None
-    return checkpoint["params"]
+    return checkpoint["state"]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------------- draws
@@ -234,6 +256,135 @@ def test_divergence_names_arm_seed_and_step_and_keeps_what_was_written(tmp_path:
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
+# -------------------------------------------------------------------------------------------------------------- any optimiser, and grids of cells
+
+
+class Crash(Exception):
+    pass
+
+
+@dataclass(frozen=True)
+class Toy(Setting):
+    """Whatever can go wrong in a step goes wrong at ``fail``."""
+
+    name: ClassVar[str] = "test/toy"
+    paper: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    duration: ClassVar[str] = ""
+    fail: ClassVar[Callable[[str, int], None]] = staticmethod(lambda arm, k: None)
+
+    lr: float = 0.05
+
+    def claims(self) -> list[Claim]:
+        return [Claim("fits", "adam", "loss", "<=", 0.3), MeanClaim("adam beats momentum", "adam", "loss", "<=", 0.0, versus="momentum")]
+
+    def figure(self, outcome: Outcome) -> Figure:
+        return Figure()
+
+
+class Fit(Toy):
+    """Minibatch regression: Adam and SGD with momentum, whose buffers a resumed run must have."""
+
+    def trainee(self, arm: str, seed: int) -> Trainee:
+        x = torch.randn(20, 3, generator=torch.Generator().manual_seed(seed))
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+        for i, p in enumerate(model.parameters()):
+            p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * seed + i))
+        build = {"adam": torch.optim.Adam, "momentum": lambda params, lr: torch.optim.SGD(params, lr, momentum=0.9)}[arm]
+        optimizer = build(model.parameters(), lr=self.lr)
+
+        def step(k: int) -> None:
+            type(self).fail(arm, k)
+            batch = batches(seed, k // 4, 20, 5)[k % 4]
+            optimizer.zero_grad()
+            (model(x[batch])[:, 0] - x[batch].sum(1)).square().mean().backward()
+            optimizer.step()
+
+        return Trainee(arm, seed, model, optimizer, step)
+
+    def start(self, device: torch.device, compiled: bool) -> Run:
+        def measure(trainee: Trainee, clock: Clock) -> dict[str, float]:
+            with clock:
+                return {"loss": sum(p.square().sum().item() for p in trainee.model.parameters())}
+
+        return TrainingRun([self.trainee(arm, seed) for arm in ("adam", "momentum") for seed in self.seeds], reading_steps(50, 10), measure)
+
+
+class Grid(Toy):
+    def start(self, device: torch.device, compiled: bool) -> Run:
+        def work(arm: str, seed: int, clock: Clock, between: Callable[[], None]) -> list[dict[str, float]]:
+            between()
+            type(self).fail(arm, seed)
+            return [{"n": n, "loss": float(np.sin(n * seed + len(arm)))} for n in (1, 2)]
+
+        return GridRun([(arm, seed) for arm in ("adam", "momentum") for seed in self.seeds], work)
+
+
+@pytest.mark.parametrize("cls", [Fit, Grid])
+def test_a_crash_in_any_kind_of_run_loses_no_reading(cls: type[Toy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(cls(), tmp_path / "whole", progress=False)
+    calls: list[tuple[str, int]] = []
+
+    def crash_once(arm: str, k: int) -> None:
+        calls.append((arm, k))
+        if (arm, k) == ("momentum", 23 if cls is Fit else 1) and calls.count((arm, k)) == 1:
+            raise Crash
+
+    monkeypatch.setattr(cls, "fail", staticmethod(crash_once))
+    with pytest.raises(Crash):
+        train(cls(), tmp_path / "run", progress=False)
+    assert RunDirectory(tmp_path / "run").load_checkpoint()["step"] == (20 if cls is Fit else 4)  # type: ignore[index]
+    with (tmp_path / "run" / "metrics.csv").open("a") as file:
+        file.write("21,ad")
+    before = len(calls)
+    resumed = train(cls(), tmp_path / "run", progress=False, resume=True)
+    assert calls[before] == (("adam", 20) if cls is Fit else ("momentum", 1)), "it began again too early or too late"
+    assert (tmp_path / "run" / "metrics.csv").read_bytes() == (tmp_path / "whole" / "metrics.csv").read_bytes()
+    torch.testing.assert_close(resumed.run.state_dict(), whole.run.state_dict(), rtol=0, atol=0)
+    assert resumed.verdicts == whole.verdicts
+
+
+def test_a_checkpoint_is_not_moved_by_later_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optimisers change their tensors in place, and their state_dict hands out those very tensors."""
+    monkeypatch.setattr(Fit, "fail", staticmethod(lambda arm, k: (_ for _ in ()).throw(Crash) if (arm, k) == ("momentum", 17) else None))
+    with pytest.raises(Crash):
+        train(Fit(num_seeds=1), tmp_path / "run", progress=False)
+    held = RunDirectory(tmp_path / "run").load_checkpoint()["state"]  # type: ignore[index]
+    monkeypatch.undo()
+    trainee = Fit(num_seeds=1).trainee("adam", 0)
+    for k in range(10):
+        trainee.step(k)
+    torch.testing.assert_close(held["adam, seed 0"]["model"], dict(trainee.model.state_dict()), rtol=0, atol=0)
+
+
+def test_divergence_of_any_optimiser_is_named(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match=r"between step \d+ and step \d+: arm 'adam', seed 0; .*arm 'momentum', seed 1. Try a smaller --lr"):
+        train(Fit(lr=1e18, num_seeds=2), tmp_path / "run", progress=False)
+
+
+def test_what_cannot_be_compiled_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match="test/toy has nothing to compile"):
+        train(Fit(), tmp_path / "run", compiled=True, progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_with_other_columns_are_refused(tmp_path: Path) -> None:
+    table = RunDirectory(tmp_path).table("metrics.csv", 0)
+    table.append([{"step": 1, "arm": "a"}])
+    for again in (table, RunDirectory(tmp_path).table("metrics.csv", None)):
+        with pytest.raises(ValueError, match=r"metrics\.csv has the columns step, arm, a row for it step, loss"):
+            again.append([{"step": 2, "loss": 1.0}])
+        again.close()
+
+
+def test_batches_are_a_permutation_with_an_address() -> None:
+    some = batches(3, 7, 23, 5)
+    assert [len(b) for b in some] == [5, 5, 5, 5, 3]
+    assert sorted(torch.cat(some).tolist()) == list(range(23))
+    assert torch.equal(torch.cat(some), torch.cat(batches(3, 7, 23, 10)))
+    assert not torch.equal(torch.cat(some), torch.cat(batches(3, 8, 23, 5)))
+
+
 # ------------------------------------------------------------------------------------------------------------------------------------------- claims
 
 
@@ -258,3 +409,54 @@ def test_nan_never_holds(relation: str) -> None:
     verdict = Claim("", "", "", relation, 1.0).judge({0: 1.0, 1: float("nan"), 2: 1.0})  # type: ignore[arg-type]
     assert np.isnan(verdict.measured)
     assert not verdict.holds
+
+
+METRICS = pd.DataFrame(
+    [
+        (step, arm, seed, value + step)
+        for arm, values in {"a": (1.0, 2.0, 4.5), "b": (0.5, 1.0, 2.5)}.items()
+        for seed, value in enumerate(values)
+        for step in (0, 1)
+    ],
+    columns=["step", "arm", "seed", "loss"],
+)
+
+
+def test_mean_claims_are_students_t_of_paired_differences() -> None:
+    from scipy.stats import ttest_rel
+
+    claim = MeanClaim("", "a", "loss", ">=", 0.0, versus="b")
+    by_seed = claim.values(METRICS)
+    assert by_seed == {0: 0.5, 1: 1.0, 2: 2.0}
+    expected = ttest_rel([2.0, 3.0, 5.5], [1.5, 2.0, 3.5]).confidence_interval(0.95)
+    verdict = claim.judge(by_seed)
+    assert verdict.interval == pytest.approx((expected.low, expected.high))
+    assert verdict.measured == pytest.approx(3.5 / 3)
+    assert not verdict.holds, "the mean is above 0, its interval is not"
+    for relation, bound, holds in ((">=", expected.low - 1e-9, True), (">=", expected.low + 1e-9, False), ("<=", expected.high + 1e-9, True)):
+        assert replace(claim, relation=relation, bound=bound).judge(by_seed).holds == holds  # type: ignore[arg-type]
+    assert replace(claim, versus="").values(METRICS) == {0: 2.0, 1: 3.0, 2: 5.5}
+    assert "mean of loss, a less b = 1.16667 in [" in str(verdict)
+
+
+@pytest.mark.parametrize("relation", ["<=", ">="])
+@pytest.mark.parametrize("by_seed", [{0: 1.0, 1: float("nan"), 2: 1.0}, {0: 1.0}])
+def test_without_an_interval_a_mean_claim_never_holds(relation: str, by_seed: dict[int, float]) -> None:
+    assert not MeanClaim("", "", "", relation, 1.0).judge(by_seed).holds  # type: ignore[arg-type]
+
+
+def test_claims_about_what_is_not_there_are_errors() -> None:
+    with pytest.raises(ValueError, match=r"arm 'c', of which there are no metrics; there are 'a', 'b'"):
+        Claim("", "c", "loss", "<=", 1.0).values(METRICS)
+    with pytest.raises(KeyError, match="trace"):
+        Claim("", "a", "trace", "<=", 1.0).values(METRICS)
+    with pytest.raises(ValueError, match="cannot be paired"):
+        MeanClaim("", "a", "loss", "<=", 1.0, versus="b").values(METRICS[(METRICS["arm"] == "a") | (METRICS["seed"] == 0)])
+    with pytest.raises(ValueError, match="no interval lies on a point"):
+        MeanClaim("", "a", "loss", "==", 1.0)
+
+
+def test_the_last_row_counts_even_where_it_is_nan() -> None:
+    frame = pd.DataFrame({"step": [0, 1], "arm": ["a", "a"], "seed": [0, 0], "loss": [1.0, float("nan")]})
+    claim = Claim("", "a", "loss", "<=", 2.0)
+    assert not claim.judge(claim.values(frame)).holds

@@ -1,12 +1,26 @@
-"""The loop that the papers' settings share: label noise, reading the regulariser, metrics, checkpoints, resume.
+"""The loop that the papers' settings share: progress, metrics, checkpoints, exact resume, claims and their verdicts.
 
-A :class:`Setting` says what is trained and what is claimed of it; :func:`train` runs it. Three decisions shape this module.
+Three concepts:
 
-*Side by side.* The networks are tiny and the steps are many, so all arms and seeds of a setting are trained as one batched network (``torch.func.vmap``
-over a leading dimension R of *replicas*), and ``CHUNK`` steps of it are traced into one graph, which ``torch.compile`` turns into one call where that pays.
+- A :class:`Setting` is a frozen dataclass of an experiment's parameters. It states what is claimed (:class:`Claim`), draws its figure, and starts a run.
+- A :class:`Run` is the experiment under way: it advances to the next of its ``reading_steps``, is read there (rows of ``metrics.csv``), and gives its state to
+  be saved. What a step is, the run says. Two kinds are ready made: :class:`TrainingRun`, arms and seeds of ordinary models under any optimiser, and
+  :class:`GridRun`, independent cells (a step is a cell). The label-noise settings bring one of their own, which trains all arms and seeds as one network.
+- :func:`train` carries a setting out in a directory and returns an :class:`Outcome`.
 
-*Randomness has an address.* Which sample a step sees and which noise its label gets is a function of (seed, step) alone, see :func:`draws`. Nothing about
-the generator needs saving: a resumed run, a run of fewer seeds or one of another arm meets the same draws.
+>>> @dataclass(frozen=True)
+... class Mine(Setting):
+...     name, paper, summary, duration = "family/mine", "Author (Venue year)", "what it shows", "1 minute"
+...     lr: float = 0.1
+...     \"\"\"Learning rate: fields with docstrings are the options of ``ghostgrad run family/mine``.\"\"\"
+...     def claims(self): return [Claim("the loss ends at 0.1 at most", "sgd", "loss", "<=", 0.1)]
+...     def start(self, device, compiled): return TrainingRun(trainees, reading_steps(1000, 100), measure)
+...     def figure(self, outcome): ...  # of outcome.metrics, outcome.run
+
+Two decisions shape this module.
+
+*Randomness has an address.* What step k of a seed sees is a function of (seed, k) alone, never of a generator that runs along (:func:`batches`). Nothing about
+generators needs saving, and all arms of a seed meet the same draws.
 
 *Numbers apart from times.* ``metrics.csv`` holds what the seed determines, ``timings.csv`` what the machine does. A run that was killed and resumed ends
 with the same ``metrics.csv``, byte for byte, as one that was not.
@@ -15,6 +29,7 @@ with the same ``metrics.csv``, byte for byte, as one that was not.
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import dataclasses
 import json
@@ -27,16 +42,14 @@ import threading
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.fx.experimental.proxy_tensor import make_fx
 from tqdm import tqdm
 
 import ghostgrad as gg
@@ -46,47 +59,28 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "Arm",
     "Claim",
+    "Clock",
     "CompileError",
+    "GridRun",
+    "MeanClaim",
     "NonFiniteError",
     "Outcome",
-    "Problem",
-    "Replica",
+    "Reading",
+    "Run",
     "RunDirectory",
     "RunDirectoryError",
     "Setting",
+    "Trainee",
+    "TrainingRun",
     "Verdict",
-    "draws",
+    "batches",
+    "reading_steps",
     "train",
 ]
 
-CHUNK = 16  # steps per compiled call: long enough to hide the call (20 us), short enough to compile in seconds
-DRAW_BLOCK = 1024  # steps per key of the counter-based generator; part of the address, so changing it changes every run
-COMPILE_FROM = 100_000  # steps from which compiling (10 to 20 s, the first time) is cheaper than tracing alone
 
-
-# ---------------------------------------------------------------------------------------------------------------------------------------- settings
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way of training. All arms of a seed start from the same parameters and see the same samples in the same order."""
-
-    name: str
-    noise_variance: float  # of the fresh label noise; 0 for none
-    variant: str = ""  # which of the setting's models, where it has several
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A model, at its start, with the data that it is to fit and the value that theory says its regulariser cannot go below."""
-
-    model: nn.Module  # (n, ...) -> (n,)
-    x: Tensor  # (n, ...)
-    y: Tensor  # (n,)
-    floor: float  # of reg = mean_i ||grad f(x_i)||^2, over all parameters with f(x_i) = y_i
-    truth: Tensor | None = None  # what the model is to find, where that is known
+# ------------------------------------------------------------------------------------------------------------------------------------------ claims
 
 
 @dataclass(frozen=True)
@@ -99,6 +93,20 @@ class Claim:
     relation: Literal["<=", ">=", "=="]
     bound: float
 
+    @property
+    def quantity(self) -> str:
+        """What is measured, in words."""
+        return self.column
+
+    @property
+    def criterion(self) -> str:
+        """What it is held against, in words."""
+        return f"{self.relation} {self.bound:g}"
+
+    def values(self, metrics: pd.DataFrame) -> dict[int, float]:
+        """What is judged, by seed."""
+        return _last(metrics, self.arm, self.column)
+
     def judge(self, by_seed: dict[int, float]) -> Verdict:
         """The worst seed decides; NaN never holds."""
         holds = {"<=": lambda v: v <= self.bound, ">=": lambda v: v >= self.bound, "==": lambda v: v == self.bound}[self.relation]
@@ -108,88 +116,89 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class MeanClaim(Claim):
+    """A statement about the mean over seeds, of an arm's last rows or, with ``versus``, of their differences to another arm's: its interval decides.
+
+    ``mean_s (column of arm - column of versus)``, both from seed s, whose draws they share, so that what the seed alone does cancels. The statement holds if
+    the whole 95 % interval of Student's t does: its upper end for ``<=``, its lower end for ``>=``. One seed has no interval, and so nothing holds.
+    """
+
+    versus: str = ""
+
+    def __post_init__(self) -> None:
+        if self.relation == "==":
+            raise ValueError("MeanClaim: relation must be '<=' or '>=': no interval lies on a point")
+
+    @property
+    def quantity(self) -> str:
+        return f"mean of {self.column}" + (f", {self.arm} less {self.versus}" if self.versus else "")
+
+    @property
+    def criterion(self) -> str:
+        return f"95 % interval {self.relation} {self.bound:g}"
+
+    def values(self, metrics: pd.DataFrame) -> dict[int, float]:
+        ours = _last(metrics, self.arm, self.column)
+        if not self.versus:
+            return ours
+        theirs = _last(metrics, self.versus, self.column)
+        if ours.keys() != theirs.keys():
+            raise ValueError(f"claim {self.text!r}: {self.arm!r} and {self.versus!r} have different seeds, which cannot be paired")
+        return {seed: value - theirs[seed] for seed, value in ours.items()}
+
+    def judge(self, by_seed: dict[int, float]) -> Verdict:
+        from scipy.stats import t
+
+        values = np.array(list(by_seed.values()))
+        n, mean = len(values), float(values.mean())
+        half = float(t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+        interval = (mean - half, mean + half)
+        return Verdict(self, mean, interval[1] <= self.bound if self.relation == "<=" else interval[0] >= self.bound, by_seed, interval)
+
+
+def _last(metrics: pd.DataFrame, arm: str, column: str) -> dict[int, float]:
+    """The column in the last row of each of the arm's seeds."""
+    rows = metrics[metrics["arm"] == arm].drop_duplicates("seed", keep="last")
+    if not len(rows):
+        raise ValueError(f"a claim is about arm {arm!r}, of which there are no metrics; there are {', '.join(map(repr, metrics['arm'].unique()))}")
+    return dict(zip(rows["seed"].tolist(), rows[column].tolist(), strict=True))
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """What became of a claim: ``measured`` is its worst seed's value."""
+    """What became of a claim: ``measured`` is its worst seed's value, or the mean over seeds where the claim is about that, with its 95 % interval."""
 
     claim: Claim
     measured: float
     holds: bool
     by_seed: dict[int, float]
+    interval: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        interval = "" if self.interval is None else " in [{:.6g}, {:.6g}]".format(*self.interval)
+        return f"{self.claim.quantity} = {self.measured:.6g}{interval}"
 
 
-@dataclass(frozen=True)
-class Replica:
-    """One of the networks trained side by side."""
-
-    arm: Arm
-    seed: int
-    problem: Problem
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a finished run leaves: the trained networks, ``metrics.csv`` as a frame, and the claims judged."""
-
-    setting: Setting
-    replicas: list[Replica]
-    metrics: pd.DataFrame
-    verdicts: list[Verdict]
-    seconds: float
-    norm_seconds: float
-
-    @property
-    def holds(self) -> bool:
-        return all(v.holds for v in self.verdicts)
-
-    def table(self) -> str:
-        """Each claim, the value measured, the bound, and whether it holds; then what it cost."""
-        rows = [("claim", "measured (worst seed)", "bound", "")]
-        for v in self.verdicts:
-            rows.append((v.claim.text, f"{v.claim.column} = {v.measured:.6g}", f"{v.claim.relation} {v.claim.bound:g}", "holds" if v.holds else "FAILS"))
-        widths = [max(len(row[k]) for row in rows) for k in range(4)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, "", f"{self.seconds:.0f} s, {self.norm_seconds / self.seconds:.1%} of them for the norms"])
+# ---------------------------------------------------------------------------------------------------------------------------------------- settings
 
 
 @dataclass(frozen=True)
 class Setting(ABC):
-    """SGD with batch size 1 on ``1/2 (f(x_i) - y_i - z)^2``, the label noise ``z`` fresh in every step.
-
-    At the end of the run, for the last ``settle`` of its steps, the labels are clean in every arm. Label noise keeps a network at a distance from the
-    interpolating ones, and only for those is the floor a floor: with the noise on, ``reg`` does fall a few percent below it.
-    """
+    """An experiment of a paper: its parameters, as fields; what is claimed of it; how it is run; the picture of its outcome."""
 
     name: ClassVar[str]
     paper: ClassVar[str]
     summary: ClassVar[str]
     duration: ClassVar[str]
+    compilable: ClassVar[bool] = False  # whether ``start`` heeds ``compiled``
 
     seed: int = 0
     """First seed; the run uses seed, seed + 1, ..."""
     num_seeds: int = 3
     """How many seeds are trained side by side."""
-    steps: int = 100_000
-    """Steps of SGD, one sample each."""
-    read_every: int = 1_000
-    """Steps between two readings of the regulariser; before the first of them it is also read at its halves, quarters, ..."""
-    lr: float = 0.01
-    """Learning rate, for the half-squared loss 1/2 (f - y)^2 (for the paper's (f - y)^2 it would be half of this)."""
-    noise_variance: float = 1.0
-    """Variance, not standard deviation, of the label noise. The drift per step is -(lr^2 variance / 4) grad reg."""
-    settle: float = 0.2
-    """Share of the steps, at the end, that have clean labels in every arm, so that all networks end at zero error."""
 
     def __post_init__(self) -> None:
-        rules: list[tuple[str, bool, str]] = [
-            ("seed", self.seed >= 0, "at least 0"),
-            ("num_seeds", self.num_seeds >= 1, "at least 1"),
-            ("steps", self.steps >= 1, "at least 1"),
-            ("read_every", self.read_every >= 1, "at least 1"),
-            ("lr", 0 < self.lr < math.inf, "positive and finite"),
-            ("noise_variance", 0 <= self.noise_variance < math.inf, "at least 0 and finite"),
-            ("settle", 0 <= self.settle <= 1, "between 0 and 1"),
-            *self.rules(),
-        ]
+        rules = [("seed", self.seed >= 0, "at least 0"), ("num_seeds", self.num_seeds >= 1, "at least 1"), *self.rules()]
         for field, kept, rule in rules:
             if not kept:
                 raise ValueError(f"{self.name}: {field} must be {rule}, got {getattr(self, field)!r}")
@@ -198,30 +207,203 @@ class Setting(ABC):
         """Of the setting's own fields: (field, whether its rule is kept, the rule in words)."""
         return []
 
-    def arms(self) -> list[Arm]:
-        return [Arm("with noise", self.noise_variance), Arm("without noise", 0.0)]
+    @property
+    def seeds(self) -> range:
+        return range(self.seed, self.seed + self.num_seeds)
 
-    @abstractmethod
-    def problem(self, arm: Arm, seed: int) -> Problem:
-        """The model at its start and the data; a function of its arguments and the setting's fields alone."""
-
-    @abstractmethod
-    def measure(self, problem: Problem) -> dict[str, float]:
-        """The setting's own columns of ``metrics.csv``, beside ``loss``, ``reg`` and ``reg_over_floor``."""
+    def compile_pays(self) -> bool:
+        """Whether to compile where nobody has said so and there is a compiler."""
+        return self.compilable
 
     @abstractmethod
     def claims(self) -> list[Claim]:
-        """What the last row of the metrics must show."""
+        """What the last rows of the metrics must show."""
 
     def announcement(self) -> str:
         """What is run and what is claimed of it, to be said before."""
-        last = self.seed + self.num_seeds - 1
-        seeds = f"seed {self.seed}" if last == self.seed else f"seeds {self.seed} to {last}"
-        return "\n".join([f"{self.name}, {seeds}; claimed for each:", *(f"  {c.text}: {c.column} {c.relation} {c.bound:g}" for c in self.claims())])
+        seeds = f"seed {self.seed}" if self.num_seeds == 1 else f"seeds {self.seed} to {self.seeds[-1]}"
+        return "\n".join([f"{self.name}, {seeds}; claimed for each:", *(f"  {c.text}: {c.quantity} {c.criterion}" for c in self.claims())])
+
+    @abstractmethod
+    def start(self, device: torch.device, compiled: bool) -> Run:
+        """The run at its start: a function of the setting's fields alone."""
 
     @abstractmethod
     def figure(self, outcome: Outcome) -> Figure:
         """The one picture worth showing."""
+
+
+# -------------------------------------------------------------------------------------------------------------------------------------------- runs
+
+
+class Clock:
+    """``with clock:`` adds to ``clock.seconds``."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self.begun = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self.begun
+
+
+class Reading(NamedTuple):
+    """What is read of a run at a step."""
+
+    rows: list[dict[str, Any]]  # of metrics.csv: step, arm, seed, and the same columns every time
+    seconds: float = 0.0  # of them spent in the library's norms and traces
+    status: str = ""  # for the progress bar
+
+
+class Run(ABC):
+    """An experiment under way.
+
+    Everything it does is a function of the setting and the step; its state is tensors and numbers, in mappings and lists.
+    """
+
+    reading_steps: Sequence[int]
+    """Where it is read, in ascending order; the last one is its end. Its start, 0, may be among them."""
+    unit: str = "step"
+    """What a step is, for the progress bar."""
+    preparing: str = ""
+    """What the next ``advance`` does before it takes steps (compiling), for the progress bar; Ctrl-C is not put off meanwhile."""
+
+    @abstractmethod
+    def advance(self, start: int, stop: int, between: Callable[[], None]) -> None:
+        """Steps ``start ... stop - 1``. Calls ``between`` every second or more often: it raises KeyboardInterrupt after Ctrl-C.
+
+        Raises :class:`NonFiniteError` where training leaves the finite numbers. After an exception the run is not used any more; what was saved at the last
+        reading is what a resumed run begins with.
+        """
+
+    @abstractmethod
+    def read(self, step: int) -> Reading:
+        """The rows for ``metrics.csv`` at ``step``, where the run stands. Changes nothing that later steps depend on."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, and the figure. Need not be a copy."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Stand where the run stood whose state this is."""
+
+    def summary(self) -> dict[str, Any]:
+        """What ``summary.json`` is to say beyond the claims."""
+        return {}
+
+
+class _Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """One model in training: one arm, one seed.
+
+    ``step(k)`` takes training step k, counted from 0. It depends on k and on what ``model`` and ``optimizer`` (torch's, or ``gg.optim.NSO``) hold; nothing else
+    may run along. Whatever has a ``state_dict`` will do as an optimizer.
+    """
+
+    arm: str
+    seed: int
+    model: nn.Module
+    optimizer: _Stateful
+    step: Callable[[int], object]
+
+
+class TrainingRun(Run):
+    """Ordinary models under any optimiser, one after the other from reading to reading.
+
+    Args:
+        trainees: one for each arm and seed.
+        reading_steps: see :func:`ghostgrad.training.reading_steps`.
+        measure: the columns of one trainee, beside ``step``, ``arm`` and ``seed``: ``measure(trainee, clock)``, with the library's norms and traces under
+            ``with clock:``. A column named ``loss`` is shown on the progress bar.
+        advice: what to do if training diverges, for the error.
+    """
+
+    def __init__(
+        self,
+        trainees: Sequence[Trainee],
+        reading_steps: Sequence[int],
+        measure: Callable[[Trainee, Clock], dict[str, Any]],
+        advice: str = "Try a smaller --lr.",
+    ) -> None:
+        self.trainees, self.reading_steps, self.measure, self.advice = trainees, reading_steps, measure, advice
+
+    def advance(self, start: int, stop: int, between: Callable[[], None]) -> None:
+        for trainee in self.trainees:
+            for step in range(start, stop):
+                between()
+                trainee.step(step)
+        finite = [all(bool(p.isfinite().all()) for p in t.model.parameters()) for t in self.trainees]
+        check_finite([(t.arm, t.seed) for t in self.trainees], finite, start, stop, self.advice)
+
+    def read(self, step: int) -> Reading:
+        clock = Clock()
+        rows = [{"step": step, "arm": t.arm, "seed": t.seed, **self.measure(t, clock)} for t in self.trainees]
+        return Reading(rows, clock.seconds, f"loss {np.mean([row['loss'] for row in rows]):.2e}" if "loss" in rows[0] else "")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {f"{t.arm}, seed {t.seed}": {"model": t.model.state_dict(), "optimizer": t.optimizer.state_dict()} for t in self.trainees}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for t in self.trainees:
+            held = state[f"{t.arm}, seed {t.seed}"]
+            t.model.load_state_dict(held["model"])
+            t.optimizer.load_state_dict(held["optimizer"])
+
+
+class GridRun(Run):
+    """Independent cells, one after the other: a step is a cell, and is read when it is done, so that what stands in ``metrics.csv`` is never done again.
+
+    Args:
+        cells: (arm, seed) of each.
+        work: the rows of a cell, each of them the same columns, beside ``step`` (the cell's number, from 1), ``arm`` and ``seed``:
+            ``work(arm, seed, clock, between)``. It calls ``between()`` now and then, as :meth:`Run.advance` does.
+    """
+
+    unit = "cell"
+
+    def __init__(self, cells: Sequence[tuple[str, int]], work: Callable[[str, int, Clock, Callable[[], None]], list[dict[str, Any]]]) -> None:
+        self.cells, self.work, self.reading_steps = cells, work, range(1, len(cells) + 1)
+
+    def advance(self, start: int, stop: int, between: Callable[[], None]) -> None:
+        between()
+        arm, seed = self.cells[start]
+        clock = Clock()
+        rows = [{"step": stop, "arm": arm, "seed": seed, **row} for row in self.work(arm, seed, clock, between)]
+        self.done = Reading(rows, clock.seconds, f"{arm}, seed {seed}")
+
+    def read(self, step: int) -> Reading:
+        return self.done
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def batches(
+    seed: int,
+    epoch: int,
+    n: int,
+    size: int,
+) -> list[Tensor]:  # of (size,), the last one shorter
+    """The samples 0 ... n - 1 in a random order, in batches: a function of its arguments alone (Philox with key (seed, epoch))."""
+    rng = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)))
+    return list(torch.from_numpy(rng.permutation(n)).split(size))
+
+
+def reading_steps(steps: int, read_every: int) -> list[int]:
+    """When a run is read: at every ``read_every``, at ``read_every / 2, / 4, ...`` before the first (curves are log-log), at the start and end."""
+    early = {read_every >> k for k in range(1, 24)} - {0}
+    return sorted({0, steps} | {s for s in early | set(range(read_every, steps, read_every)) if s < steps})
 
 
 # -------------------------------------------------------------------------------------------------------------------------------- the run directory
@@ -236,7 +418,7 @@ class RunDirectory:
 
     OURS = ("config.json", "metrics.csv", "timings.csv", "checkpoint.pt", "summary.json", "figures")
 
-    CHECKPOINT = ("step", "params", "metrics_bytes", "seconds", "norm_seconds")
+    CHECKPOINT = ("step", "state", "metrics_bytes", "seconds", "norm_seconds")
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -368,11 +550,18 @@ class _Table:
         self.file = path.open("a+", newline="")
         self.file.truncate(keep_bytes)
         self.size = keep_bytes
+        self.file.seek(0)
+        self.columns = next(csv.reader(self.file), [])
 
     def append(self, rows: list[dict[str, Any]]) -> None:
-        writer = csv.DictWriter(self.file, fieldnames=list(rows[0]), lineterminator="\n")
+        if self.size == 0:
+            self.columns = list(rows[0])
+        writer = csv.DictWriter(self.file, fieldnames=self.columns, lineterminator="\n")
         if self.size == 0:
             writer.writeheader()
+        for row in rows:
+            if list(row) != self.columns:
+                raise ValueError(f"{self.file.name} has the columns {', '.join(self.columns)}, a row for it {', '.join(row)}")
         writer.writerows(rows)
         self.file.flush()
         self.size = os.fstat(self.file.fileno()).st_size
@@ -392,24 +581,19 @@ class CompileError(RuntimeError):
     """The steps could not be compiled."""
 
 
-def draws(seed: int, start: int, stop: int, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sample index and standard normal of each of the steps ``start ... stop - 1``: a function of (seed, step, num_samples) alone.
-
-    Philox with key (seed, step // 1024): any range of steps can be drawn without drawing what came before it.
-    """
-    index, normal = [], []
-    for block in range(start // DRAW_BLOCK, -(-stop // DRAW_BLOCK)):
-        rng = np.random.Generator(np.random.Philox(key=np.array([seed, block], dtype=np.uint64)))
-        steps = slice(max(start - block * DRAW_BLOCK, 0), min(stop - block * DRAW_BLOCK, DRAW_BLOCK))
-        index.append(rng.integers(num_samples, size=DRAW_BLOCK)[steps])
-        normal.append(rng.standard_normal(DRAW_BLOCK)[steps])
-    return np.concatenate(index), np.concatenate(normal)
-
-
-def reading_steps(steps: int, read_every: int) -> list[int]:
-    """When the regulariser is read: at every ``read_every``, at ``read_every / 2, / 4, ...`` before the first (curves are log-log), at the start and end."""
-    early = {read_every >> k for k in range(1, 24)} - {0}
-    return sorted({0, steps} | {s for s in early | set(range(read_every, steps, read_every)) if s < steps})
+def check_finite(
+    trained: Sequence[tuple[str, int]],  # arm and seed of each
+    finite: Sequence[bool],
+    start: int,
+    stop: int,
+    advice: str,
+) -> None:
+    """Raises NonFiniteError, naming what was lost and between which steps, unless all are ``finite``."""
+    lost = [f"arm '{arm}', seed {seed}" for (arm, seed), ok in zip(trained, finite, strict=True) if not ok]
+    if lost:
+        raise NonFiniteError(
+            f"training left the finite numbers between step {start} and step {stop}: {'; '.join(lost)}. {advice} What was written up to then is kept."
+        )
 
 
 def has_compiler() -> bool:
@@ -417,10 +601,11 @@ def has_compiler() -> bool:
 
 
 class _Interrupt:
-    """Ctrl-C, heard between two chunks of steps.
+    """Ctrl-C, heard where the run says that its state is whole.
 
     A KeyboardInterrupt that is raised wherever Python happens to be can be lost: in 1 of 14 runs it fell into a callback below torch, which dropped it.
-    So the first Ctrl-C is only noted, and :meth:`check` raises it where the state is whole. While compiling, and for a second Ctrl-C, it is raised at once too.
+    So the first Ctrl-C is only noted, and :meth:`check` raises it where the state is whole. While a run prepares (compiles), and for a second Ctrl-C, it is
+    raised at once too.
     """
 
     def __init__(self) -> None:
@@ -445,85 +630,6 @@ class _Interrupt:
     def check(self) -> None:
         if self.asked:
             raise KeyboardInterrupt
-
-
-class _Stack:
-    """All replicas as one batched network: parameters (R, ...), samples (R, n, ...), and the step that moves them."""
-
-    def __init__(self, replicas: list[Replica], lr: float, device: torch.device, compiled: bool) -> None:
-        self.template = replicas[0].problem.model
-        self.lr, self.device, self.compiled = lr, device, compiled
-        models = [r.problem.model for r in replicas]
-        self.params = {k: torch.stack([m.get_parameter(k).detach() for m in models]) for k, _ in self.template.named_parameters()}
-        self.fixed = {
-            "buffers": {k: torch.stack([m.get_buffer(k) for m in models]) for k, _ in self.template.named_buffers()},
-            "x": torch.stack([r.problem.x for r in replicas]),  # (R, n, ...)
-            "y": torch.stack([r.problem.y for r in replicas]),  # (R, n)
-            "row": torch.arange(len(replicas), device=device),  # (R,)
-        }
-        self.calls: dict[int, Callable[..., dict[str, Tensor]]] = {}
-
-    def _chunk(
-        self,
-        params: dict[str, Tensor],  # (R, ...)
-        fixed: dict[str, Any],
-        index: Tensor,  # (K, R)
-        noise: Tensor,  # (K, R)
-    ) -> dict[str, Tensor]:  # (R, ...)
-        """K steps of SGD: ``theta <- theta - lr grad 1/2 (f(x_i) - y_i - z)^2``."""
-
-        def loss(params: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, target: Tensor) -> Tensor:
-            return 0.5 * (functional_call(self.template, {**params, **buffers}, (x[None],))[0] - target).square()
-
-        x = fixed["x"][fixed["row"], index]  # (K, R, ...)
-        target = fixed["y"][fixed["row"], index] + noise  # (K, R)
-        for k in range(index.shape[0]):
-            gradient = vmap(grad(loss))(params, fixed["buffers"], x[k], target[k])
-            params = {name: p - self.lr * gradient[name] for name, p in params.items()}
-        return params
-
-    def advance(self, index: Tensor, noise: Tensor, between: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
-        """The parameters after the steps of ``index`` and ``noise``, both (K, R). ``self.params`` stay, so that an interrupt leaves a whole state.
-
-        ``between`` is called before every chunk.
-        """
-        params = self.params
-        whole = len(index) // CHUNK
-        sizes = [CHUNK] * whole + [1] * (len(index) - whole * CHUNK)  # the rest one by one: two graphs serve every length
-        for i, z in zip(index.split(sizes), noise.split(sizes), strict=True):
-            between()
-            if len(i) not in self.calls:
-                # Traced once to plain operations: without a compiler this alone is three times as fast as vmap(grad(...)) in every step.
-                call = make_fx(lambda *args: self._chunk(*args))(params, self.fixed, i, z)
-                self.calls[len(i)] = self._compile(call, (params, self.fixed, i, z)) if self.compiled and len(i) == CHUNK else call
-            params = self.calls[len(i)](params, self.fixed, i, z)
-        return params
-
-    def _compile(self, call: Callable[..., dict[str, Tensor]], example: tuple[Any, ...]) -> Callable[..., dict[str, Tensor]]:
-        compiled = torch.compile(call)
-        try:
-            compiled(*example)
-        except Exception as error:  # whatever is wrong with the compiler of this machine
-            raise CompileError(
-                f"torch.compile failed here ({type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}). "
-                "Run with --compile no (and --overwrite, or another --out): the same training, some 30 times slower for the smallest networks."
-            ) from error
-        return compiled
-
-    def write_back(self, replicas: list[Replica]) -> None:
-        with torch.no_grad():
-            for r, replica in enumerate(replicas):
-                for name, p in replica.problem.model.named_parameters():
-                    p.copy_(self.params[name][r])
-
-
-def _replicas(setting: Setting, device: torch.device) -> list[Replica]:
-    out = []
-    for arm in setting.arms():
-        for seed in range(setting.seed, setting.seed + setting.num_seeds):
-            problem = setting.problem(arm, seed)
-            out.append(Replica(arm, seed, dataclasses.replace(problem, model=problem.model.to(device), x=problem.x.to(device), y=problem.y.to(device))))
-    return out
 
 
 def config_of(setting: Setting, device: str, compiled: bool) -> dict[str, Any]:
@@ -551,7 +657,7 @@ def train(
 ) -> Outcome:
     """Run a setting into the directory ``out``.
 
-    ``compiled=None`` compiles where a compiler is found and the run is long enough; a resumed run does as it did before. Raises
+    ``compiled=None`` compiles where the setting can, a compiler is found and the run is long enough; a resumed run does as it did before. Raises
     :class:`RunDirectoryError` before anything is trained, :class:`NonFiniteError` where training diverges. On any exception, ``KeyboardInterrupt`` among
     them, the last reading is saved as a checkpoint first.
     """
@@ -561,9 +667,11 @@ def train(
     if resume and compiled is None:
         compiled = bool(directory.read_config().get("compiled"))
     if compiled is None:
-        compiled = has_compiler() and setting.steps >= COMPILE_FROM
+        compiled = setting.compile_pays() and has_compiler()
+    if compiled and not setting.compilable:
+        raise CompileError(f"{setting.name} has nothing to compile. Leave --compile away.")
     config = config_of(setting, device, compiled)
-    replicas = _replicas(setting, torch.device(device))
+    run = setting.start(torch.device(device), compiled)
     checkpoint = None
     if resume:
         directory.check_same(config)
@@ -571,50 +679,46 @@ def train(
     else:
         directory.create(config, overwrite)
 
-    stack = _Stack(replicas, setting.lr, torch.device(device), compiled)
-    step, metrics_bytes, seconds, norm_seconds = 0, 0, 0.0, 0.0
+    # The last reading: its step, the state there, and how long metrics.csv was after it. A resumed run goes on from there and cuts off what was written
+    # later. The three go together in one tuple, so that no interrupt can part them.
+    reached: tuple[int, dict[str, Any], int] | None = None
+    seconds = norm_seconds = 0.0
     if checkpoint is not None:
-        step, metrics_bytes = checkpoint["step"], checkpoint["metrics_bytes"]
+        reached = (checkpoint["step"], checkpoint["state"], checkpoint["metrics_bytes"])
         seconds, norm_seconds = checkpoint["seconds"], checkpoint["norm_seconds"]
-        stack.params = {k: v.to(device) for k, v in checkpoint["params"].items()}
-
-    # A checkpoint is taken *before* the reading at its step and remembers how long metrics.csv was then: a resumed run cuts off what was written after
-    # it, takes that reading again, and thus writes the same bytes. The three go together in one tuple, so that no interrupt can part them.
-    state = (step, stack.params, metrics_bytes)
-    metrics = directory.table("metrics.csv", metrics_bytes)
-    timings = directory.table("timings.csv", None if checkpoint else 0)
-    begun = time.perf_counter() - seconds
+        run.load_state_dict(copy.deepcopy(checkpoint["state"]))
+    metrics = directory.table("metrics.csv", reached[2] if reached else 0)
+    timings = directory.table("timings.csv", None if reached else 0)
+    begun = saved_at = time.perf_counter()
+    begun -= seconds
 
     def save() -> None:
-        directory.save_checkpoint(dict(zip(directory.CHECKPOINT, (*state, time.perf_counter() - begun, norm_seconds), strict=True)))
+        if reached is not None:
+            directory.save_checkpoint(dict(zip(directory.CHECKPOINT, (*reached, time.perf_counter() - begun, norm_seconds), strict=True)))
 
-    schedule = [s for s in reading_steps(setting.steps, setting.read_every) if s >= step]
+    step, total = reached[0] if reached else 0, run.reading_steps[-1]
     seldom = 0.1 if sys.stderr.isatty() else 30.0  # a log file gets a line now and then
-    bar = tqdm(total=setting.steps, initial=step, unit="step", unit_scale=True, disable=not progress, file=sys.stderr, dynamic_ncols=True, mininterval=seldom)
-    saved_at = time.perf_counter()
+    bar = tqdm(total=total, initial=step, unit=run.unit, unit_scale=True, disable=not progress, file=sys.stderr, dynamic_ncols=True, mininterval=seldom)
     with _Interrupt() as interrupt:
         try:
-            for step, stop in zip(schedule, [*schedule[1:], setting.steps], strict=True):
-                state = (step, stack.params, metrics.size)
-                stack.write_back(replicas)
-                rows, spent = _read(setting, replicas, step)
-                norm_seconds += spent
+            for stop in [s for s in run.reading_steps if reached is None or s > step]:
+                interrupt.check()
+                if step < stop:
+                    interrupt.at_once = bool(run.preparing)
+                    bar.set_description_str(run.preparing, refresh=interrupt.at_once)
+                    run.advance(step, stop, interrupt.check)
+                    interrupt.at_once = False
+                rows, spent, status = run.read(stop)
                 metrics.append(rows)
-                seconds = time.perf_counter() - begun
+                step, norm_seconds, seconds = stop, norm_seconds + spent, time.perf_counter() - begun
+                reached = (step, copy.deepcopy(run.state_dict()), metrics.size)
                 timings.append([{"step": step, "seconds": round(seconds, 3), "norm_seconds": round(norm_seconds, 3)}])
-                noisy = [row for row, r in zip(rows, replicas, strict=True) if r.arm.noise_variance > 0] or rows
-                loss, reg = (np.mean([row[k] for row in noisy]) for k in ("loss", "reg"))
-                bar.set_postfix_str(f"loss {loss:.2e}, reg {reg:.4g}, norms {norm_seconds / seconds:.0%} of the time", refresh=False)
+                share = f"norms {norm_seconds / seconds:.0%} of the time" if norm_seconds else ""
+                bar.set_postfix_str(", ".join(filter(None, (status, share))), refresh=False)
                 bar.update(step - bar.n)
                 if time.perf_counter() - saved_at > checkpoint_seconds:
                     save()
                     saved_at = time.perf_counter()
-                if step < stop:
-                    interrupt.at_once = compiled and CHUNK not in stack.calls
-                    bar.set_description_str("compiling" if interrupt.at_once else "", refresh=interrupt.at_once)
-                    moved = _advance(stack, replicas, setting, step, stop, interrupt.check)
-                    _check_finite(moved, replicas, setting, step, stop)
-                    stack.params = moved
         finally:
             save()
             bar.close()
@@ -622,60 +726,45 @@ def train(
             timings.close()
 
     frame = pd.read_csv(directory.path / "metrics.csv")
-    last = frame[frame["step"] == setting.steps]
-    verdicts = [claim.judge(last[last["arm"] == claim.arm].set_index("seed")[claim.column].to_dict()) for claim in setting.claims()]
-    outcome = Outcome(setting, replicas, frame, verdicts, seconds, norm_seconds)
+    outcome = Outcome(setting, run, frame, [claim.judge(claim.values(frame)) for claim in setting.claims()], seconds, norm_seconds)
     directory.write("summary.json", json.dumps(_summary(outcome, config), indent=2) + "\n")
     directory.save_figure(setting.name.replace("/", "-"), setting.figure(outcome))
     return outcome
 
 
-def _advance(stack: _Stack, replicas: list[Replica], setting: Setting, start: int, stop: int, between: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
-    """Steps ``start ... stop - 1``. Arms of one seed share its draws; the noise is scaled by the arm, and is 0 while the run settles."""
-    num_samples = len(replicas[0].problem.y)
-    by_seed = {seed: draws(seed, start, stop, num_samples) for seed in {r.seed for r in replicas}}
-    index = np.stack([by_seed[r.seed][0] for r in replicas], axis=1)  # (K, R)
-    noise = np.stack([math.sqrt(r.arm.noise_variance) * by_seed[r.seed][1] for r in replicas], axis=1)  # (K, R)
-    noise[np.arange(start, stop) >= setting.steps - round(setting.settle * setting.steps)] = 0.0
-    return stack.advance(torch.from_numpy(index).to(stack.device), torch.from_numpy(noise).to(stack.device, replicas[0].problem.y.dtype), between)
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run leaves: the run at its end, ``metrics.csv`` as a frame, and the claims judged."""
 
+    setting: Setting
+    run: Run
+    metrics: pd.DataFrame
+    verdicts: list[Verdict]
+    seconds: float
+    norm_seconds: float  # of them spent in the library's norms and traces, while reading
 
-def _read(setting: Setting, replicas: list[Replica], step: int) -> tuple[list[dict[str, Any]], float]:
-    """One row per replica, and the seconds that the regulariser took. The loss is that of the clean labels."""
-    rows, spent = [], 0.0
-    for replica in replicas:
-        problem = replica.problem
-        begun = time.perf_counter()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*has no fused rule")  # one copy of a tiny network's gradient per sample is cheap
-            reg = gg.output_sqnorms(problem.model, problem.x).mean().item()
-        spent += time.perf_counter() - begun
-        with torch.no_grad():
-            loss = 0.5 * (problem.model(problem.x) - problem.y).square().mean().item()
-            measured = setting.measure(problem)
-        rows.append({"step": step, "arm": replica.arm.name, "seed": replica.seed, "loss": loss, "reg": reg, "reg_over_floor": reg / problem.floor, **measured})
-    return rows, spent
+    @property
+    def holds(self) -> bool:
+        return all(v.holds for v in self.verdicts)
 
-
-def _check_finite(params: dict[str, Tensor], replicas: list[Replica], setting: Setting, start: int, stop: int) -> None:
-    finite = torch.stack([p.isfinite().reshape(len(p), -1).all(1) for p in params.values()]).all(0).tolist()
-    lost = [f"arm '{r.arm.name}', seed {r.seed}" for r, ok in zip(replicas, finite, strict=True) if not ok]
-    if lost:
-        raise NonFiniteError(
-            f"{setting.name} left the finite numbers between step {start} and step {stop}: {'; '.join(lost)}. "
-            f"The learning rate is too large for this noise or start: try --lr {setting.lr / 2:g}, or a smaller --noise-variance. "
-            "What was written up to then is kept."
-        )
+    def table(self) -> str:
+        """Each claim, the value measured, the bound, and whether it holds; then what it cost."""
+        rows = [("claim", "measured (worst seed)", "bound", "")]
+        rows += [(v.claim.text, str(v), v.claim.criterion, "holds" if v.holds else "FAILS") for v in self.verdicts]
+        widths = [max(len(row[k]) for row in rows) for k in range(4)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, "", f"{self.seconds:.0f} s, {self.norm_seconds / self.seconds:.1%} of them for the norms"])
 
 
 def _summary(outcome: Outcome, config: dict[str, Any]) -> dict[str, Any]:
+    def told(v: Verdict) -> dict[str, Any]:
+        interval = {} if v.interval is None else {"interval": list(v.interval)}
+        return {**dataclasses.asdict(v.claim), "measured": v.measured, **interval, "holds": v.holds, "by_seed": {str(s): m for s, m in v.by_seed.items()}}
+
     return {
         **config,
         "holds": outcome.holds,
-        "claims": [
-            {**dataclasses.asdict(v.claim), "measured": v.measured, "holds": v.holds, "by_seed": {str(s): m for s, m in v.by_seed.items()}}
-            for v in outcome.verdicts
-        ],
-        "floors": [{"arm": r.arm.name, "seed": r.seed, "floor": r.problem.floor} for r in outcome.replicas],
+        "claims": [told(v) for v in outcome.verdicts],
+        **outcome.run.summary(),
         "time": {"seconds": round(outcome.seconds, 2), "norm_seconds": round(outcome.norm_seconds, 2)},
     }

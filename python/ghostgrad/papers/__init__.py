@@ -1,6 +1,6 @@
 """The papers' settings, by the name that ``ghostgrad run`` knows them under.
 
-One module per family. A setting is a frozen dataclass of its parameters, a few functions (its problem, what it measures, its figure) and its claims;
+One module per family. A setting is a frozen dataclass of its parameters, a few functions (how a run starts, what is measured, its figure) and its claims;
 the loop is :func:`ghostgrad.training.train`. A new setting is entered here.
 """
 
@@ -9,16 +9,20 @@ from __future__ import annotations
 import difflib
 
 from ..training import Setting
+from . import noise_stability
 from .label_noise import MatrixSensing, OnePoint, ReLU1D
 
 __all__ = ["SETTINGS", "suggest"]
 
-SETTINGS: dict[str, type[Setting]] = {setting.name: setting for setting in (OnePoint, ReLU1D, MatrixSensing)}
+SETTINGS: dict[str, type[Setting]] = {
+    setting.name: setting for setting in (OnePoint, ReLU1D, MatrixSensing, noise_stability.MatrixSensing, noise_stability.Quantisation)
+}
 
 
 def suggest(name: str) -> list[str]:
     """Known names close to ``name``; its last part alone ("relu1d") counts too."""
-    tails = {known.split("/")[-1]: known for known in SETTINGS}
+    tails = sorted({known.split("/")[-1] for known in SETTINGS})
+    meant = difflib.get_close_matches(name.split("/")[-1], tails, n=3, cutoff=0.6)
     close = difflib.get_close_matches(name, SETTINGS, n=3, cutoff=0.5)
-    close += [tails[t] for t in difflib.get_close_matches(name.split("/")[-1], tails, n=3, cutoff=0.6)]
+    close += [known for tail in meant for known in SETTINGS if known.split("/")[-1] == tail]
     return list(dict.fromkeys(close))

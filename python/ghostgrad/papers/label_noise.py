@@ -12,36 +12,274 @@ time; here the loss is ``1/2 (f - y - z)^2``, so that the paper's learning rate 
   The first averages to ``-eta mean_i H_i C v_i = -(eta^2 s^2 / 2) mean_i H_i v_i = -(eta^2 s^2 / 4) grad reg``, because ``grad ||v_i||^2 = 2 H_i v_i``.
 
 So the *variance* of the noise enters, not its standard deviation (which the paper's introduction names; its proofs agree with the above), and the time to
-reach the floor goes as ``1 / (eta^2 s^2)``. Only while the labels are clean is the error zero; see :class:`ghostgrad.training.Setting`, ``settle``.
+reach the floor goes as ``1 / (eta^2 s^2)``. Only while the labels are clean is the error zero; see :class:`LabelNoise`, ``settle``.
+
+*Side by side.* The networks are tiny and the steps are many, so all arms and seeds of a setting are trained as one batched network (``torch.func.vmap``
+over a leading dimension R of *replicas*), and ``CHUNK`` steps of it are traced into one graph, which ``torch.compile`` turns into one call where that pays.
+Which sample a step sees and which noise its label gets is a function of (seed, step) alone, see :func:`draws`: a run of fewer seeds or one of another arm meets
+the same draws.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from scipy.optimize import linprog, minimize_scalar
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..training import Arm, Claim, Outcome, Problem, Setting
+import ghostgrad as gg
+
+from ..training import Claim, Clock, CompileError, Outcome, Reading, Run, Setting, check_finite, reading_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["MatrixSensing", "OnePoint", "ReLU1D", "one_point_floor", "relu_1d_floor", "statistical_dimension", "unit_cost"]
+__all__ = [
+    "Arm",
+    "LabelNoise",
+    "MatrixSensing",
+    "OnePoint",
+    "Problem",
+    "ReLU1D",
+    "Replica",
+    "Stack",
+    "draws",
+    "one_point_floor",
+    "relu_1d_floor",
+    "statistical_dimension",
+    "unit_cost",
+]
 
 PAPER = "Blanc, Gupta, Valiant, Valiant (COLT 2020)"
 NOISY, CLEAN = "#0b6e99", "#d1603d"  # one colour per arm, in every figure
 DTYPE = torch.float64  # the drift per step is some 1e-6 of a parameter, which float32 would round to a handful of values
+CHUNK = 16  # steps per compiled call: long enough to hide the call (20 us), short enough to compile in seconds
+DRAW_BLOCK = 1024  # steps per key of the counter-based generator; part of the address, so changing it changes every run
+COMPILE_FROM = 100_000  # steps from which compiling (10 to 20 s, the first time) is cheaper than tracing alone
 
 
 def _normal(seed: int, *shape: int) -> Tensor:
     """Standard normals that depend on seed and shape alone; arms of a seed start alike because they ask for the same."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=DTYPE)
+
+
+# -------------------------------------------------------------------------------------------------------------------------------------- the family
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training. All arms of a seed start from the same parameters and see the same samples in the same order."""
+
+    name: str
+    noise_variance: float  # of the fresh label noise; 0 for none
+    variant: str = ""  # which of the setting's models, where it has several
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model, at its start, with the data that it is to fit and the value that theory says its regulariser cannot go below."""
+
+    model: nn.Module  # (n, ...) -> (n,)
+    x: Tensor  # (n, ...)
+    y: Tensor  # (n,)
+    floor: float  # of reg = mean_i ||grad f(x_i)||^2, over all parameters with f(x_i) = y_i
+    truth: Tensor | None = None  # what the model is to find, where that is known
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One of the networks trained side by side."""
+
+    arm: Arm
+    seed: int
+    problem: Problem
+
+
+@dataclass(frozen=True)
+class LabelNoise(Setting):
+    """SGD with batch size 1 on ``1/2 (f(x_i) - y_i - z)^2``, the label noise ``z`` fresh in every step.
+
+    At the end of the run, for the last ``settle`` of its steps, the labels are clean in every arm. Label noise keeps a network at a distance from the
+    interpolating ones, and only for those is the floor a floor: with the noise on, ``reg`` does fall a few percent below it.
+    """
+
+    compilable: ClassVar[bool] = True
+
+    steps: int = 100_000
+    """Steps of SGD, one sample each."""
+    read_every: int = 1_000
+    """Steps between two readings of the regulariser; before the first of them it is also read at its halves, quarters, ..."""
+    lr: float = 0.01
+    """Learning rate, for the half-squared loss 1/2 (f - y)^2 (for the paper's (f - y)^2 it would be half of this)."""
+    noise_variance: float = 1.0
+    """Variance, not standard deviation, of the label noise. The drift per step is -(lr^2 variance / 4) grad reg."""
+    settle: float = 0.2
+    """Share of the steps, at the end, that have clean labels in every arm, so that all networks end at zero error."""
+
+    def rules(self) -> list[tuple[str, bool, str]]:
+        return [
+            ("steps", self.steps >= 1, "at least 1"),
+            ("read_every", self.read_every >= 1, "at least 1"),
+            ("lr", 0 < self.lr < math.inf, "positive and finite"),
+            ("noise_variance", 0 <= self.noise_variance < math.inf, "at least 0 and finite"),
+            ("settle", 0 <= self.settle <= 1, "between 0 and 1"),
+        ]
+
+    def compile_pays(self) -> bool:
+        return self.steps >= COMPILE_FROM
+
+    def arms(self) -> list[Arm]:
+        return [Arm("with noise", self.noise_variance), Arm("without noise", 0.0)]
+
+    @abstractmethod
+    def problem(self, arm: Arm, seed: int) -> Problem:
+        """The model at its start and the data; a function of its arguments and the setting's fields alone."""
+
+    @abstractmethod
+    def measure(self, problem: Problem) -> dict[str, float]:
+        """The setting's own columns of ``metrics.csv``, beside ``loss``, ``reg`` and ``reg_over_floor``."""
+
+    def start(self, device: torch.device, compiled: bool) -> Stack:
+        def to_device(problem: Problem) -> Problem:
+            return dataclasses.replace(problem, model=problem.model.to(device), x=problem.x.to(device), y=problem.y.to(device))
+
+        return Stack(self, [Replica(arm, seed, to_device(self.problem(arm, seed))) for arm in self.arms() for seed in self.seeds], compiled)
+
+
+def draws(seed: int, start: int, stop: int, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sample index and standard normal of each of the steps ``start ... stop - 1``: a function of (seed, step, num_samples) alone.
+
+    Philox with key (seed, step // 1024): any range of steps can be drawn without drawing what came before it.
+    """
+    index, normal = [], []
+    for block in range(start // DRAW_BLOCK, -(-stop // DRAW_BLOCK)):
+        rng = np.random.Generator(np.random.Philox(key=np.array([seed, block], dtype=np.uint64)))
+        steps = slice(max(start - block * DRAW_BLOCK, 0), min(stop - block * DRAW_BLOCK, DRAW_BLOCK))
+        index.append(rng.integers(num_samples, size=DRAW_BLOCK)[steps])
+        normal.append(rng.standard_normal(DRAW_BLOCK)[steps])
+    return np.concatenate(index), np.concatenate(normal)
+
+
+class Stack(Run):
+    """All replicas as one batched network: parameters (R, ...), samples (R, n, ...), and the steps that move them."""
+
+    def __init__(self, setting: LabelNoise, replicas: list[Replica], compiled: bool) -> None:
+        self.setting, self.replicas, self.compiled = setting, replicas, compiled
+        self.reading_steps = reading_steps(setting.steps, setting.read_every)
+        problems = [r.problem for r in replicas]
+        self.template = problems[0].model
+        self.params = {k: torch.stack([p.model.get_parameter(k).detach() for p in problems]) for k, _ in self.template.named_parameters()}
+        self.fixed: dict[str, Any] = {
+            "buffers": {k: torch.stack([p.model.get_buffer(k) for p in problems]) for k, _ in self.template.named_buffers()},
+            "x": torch.stack([p.x for p in problems]),  # (R, n, ...)
+            "y": torch.stack([p.y for p in problems]),  # (R, n)
+            "row": torch.arange(len(replicas), device=problems[0].x.device),  # (R,)
+        }
+        self.calls: dict[int, Callable[..., dict[str, Tensor]]] = {}
+
+    @property
+    def preparing(self) -> str:  # type: ignore[override]
+        return "compiling" if self.compiled and CHUNK not in self.calls else ""
+
+    def _chunk(
+        self,
+        params: dict[str, Tensor],  # (R, ...)
+        fixed: dict[str, Any],
+        index: Tensor,  # (K, R)
+        noise: Tensor,  # (K, R)
+    ) -> dict[str, Tensor]:  # (R, ...)
+        """K steps of SGD: ``theta <- theta - lr grad 1/2 (f(x_i) - y_i - z)^2``."""
+
+        def loss(params: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, target: Tensor) -> Tensor:
+            return 0.5 * (functional_call(self.template, {**params, **buffers}, (x[None],))[0] - target).square()
+
+        x = fixed["x"][fixed["row"], index]  # (K, R, ...)
+        target = fixed["y"][fixed["row"], index] + noise  # (K, R)
+        for k in range(index.shape[0]):
+            gradient = vmap(grad(loss))(params, fixed["buffers"], x[k], target[k])
+            params = {name: p - self.setting.lr * gradient[name] for name, p in params.items()}
+        return params
+
+    def advance(self, start: int, stop: int, between: Callable[[], None]) -> None:
+        """Arms of one seed share its draws; the noise is scaled by the arm, and is 0 while the run settles."""
+        setting, replicas, y = self.setting, self.replicas, self.fixed["y"]
+        by_seed = {seed: draws(seed, start, stop, y.shape[1]) for seed in setting.seeds}
+        index = np.stack([by_seed[r.seed][0] for r in replicas], axis=1)  # (K, R)
+        noise = np.stack([math.sqrt(r.arm.noise_variance) * by_seed[r.seed][1] for r in replicas], axis=1)  # (K, R)
+        noise[np.arange(start, stop) >= setting.steps - round(setting.settle * setting.steps)] = 0.0
+
+        whole = len(index) // CHUNK
+        sizes = [CHUNK] * whole + [1] * (len(index) - whole * CHUNK)  # the rest one by one: two graphs serve every length
+        params = self.params
+        for i, z in zip(torch.from_numpy(index).to(y.device).split(sizes), torch.from_numpy(noise).to(y).split(sizes), strict=True):
+            between()
+            if len(i) not in self.calls:
+                # Traced once to plain operations: without a compiler this alone is three times as fast as vmap(grad(...)) in every step.
+                call = make_fx(lambda *args: self._chunk(*args))(params, self.fixed, i, z)
+                self.calls[len(i)] = self._compile(call, (params, self.fixed, i, z)) if self.compiled and len(i) == CHUNK else call
+            params = self.calls[len(i)](params, self.fixed, i, z)
+
+        finite = torch.stack([p.isfinite().reshape(len(p), -1).all(1) for p in params.values()]).all(0).tolist()
+        advice = f"The learning rate is too large for this noise or start: try --lr {setting.lr / 2:g}, or a smaller --noise-variance."
+        check_finite([(r.arm.name, r.seed) for r in replicas], finite, start, stop, advice)
+        self.load_state_dict(params)
+
+    def _compile(self, call: Callable[..., dict[str, Tensor]], example: tuple[Any, ...]) -> Callable[..., dict[str, Tensor]]:
+        compiled = torch.compile(call)
+        try:
+            compiled(*example)
+        except Exception as error:  # whatever is wrong with the compiler of this machine
+            raise CompileError(
+                f"torch.compile failed here ({type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}). "
+                "Run with --compile no (and --overwrite, or another --out): the same training, some 30 times slower for the smallest networks."
+            ) from error
+        return compiled
+
+    def read(self, step: int) -> Reading:
+        """One row per replica. The loss is that of the clean labels."""
+        rows, clock = [], Clock()
+        for replica in self.replicas:
+            problem = replica.problem
+            with clock, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*has no fused rule")  # one copy of a tiny network's gradient per sample is cheap
+                reg = gg.output_sqnorms(problem.model, problem.x).mean().item()
+            with torch.no_grad():
+                loss = 0.5 * (problem.model(problem.x) - problem.y).square().mean().item()
+                measured = self.setting.measure(problem)
+            row = {"step": step, "arm": replica.arm.name, "seed": replica.seed, "loss": loss, "reg": reg, "reg_over_floor": reg / problem.floor}
+            rows.append({**row, **measured})
+        noisy = [row for row, r in zip(rows, self.replicas, strict=True) if r.arm.noise_variance > 0] or rows
+        loss, reg = (np.mean([row[k] for row in noisy]) for k in ("loss", "reg"))
+        return Reading(rows, clock.seconds, f"loss {loss:.2e}, reg {reg:.4g}")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.params
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.params = {k: v.to(self.params[k]) for k, v in state.items()}
+        with torch.no_grad():
+            for r, replica in enumerate(self.replicas):
+                for name, p in replica.problem.model.named_parameters():
+                    p.copy_(self.params[name][r])
+
+    def summary(self) -> dict[str, Any]:
+        return {"floors": [{"arm": r.arm.name, "seed": r.seed, "floor": r.problem.floor} for r in self.replicas]}
+
+
+def _replicas(outcome: Outcome) -> list[Replica]:
+    assert isinstance(outcome.run, Stack)
+    return outcome.run.replicas
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------- one point
@@ -103,7 +341,7 @@ class _OnePointNet(nn.Module):
 
 
 @dataclass(frozen=True)
-class OnePoint(Setting):
+class OnePoint(LabelNoise):
     """One data point, one hidden layer: how label noise shares the work among the units."""
 
     name: ClassVar[str] = "label-noise/one-point"
@@ -128,6 +366,7 @@ class OnePoint(Setting):
 
     def rules(self) -> list[tuple[str, bool, str]]:
         return [
+            *super().rules(),
             ("width", self.width >= 1, "at least 1"),
             ("dim", self.dim >= 1, "at least 1"),
             ("input_sqnorm", self.input_sqnorm > 0, "positive"),
@@ -287,7 +526,7 @@ class _ReLUNet(nn.Module):
 
 
 @dataclass(frozen=True)
-class ReLU1D(Setting):
+class ReLU1D(LabelNoise):
     """A wide ReLU network through a dozen points of the plane: label noise takes out every bend that the points do not ask for."""
 
     name: ClassVar[str] = "label-noise/relu-1d"
@@ -303,7 +542,7 @@ class ReLU1D(Setting):
     """Hidden units."""
 
     def rules(self) -> list[tuple[str, bool, str]]:
-        return [("width", self.width >= 1, "at least 1")]
+        return [*super().rules(), ("width", self.width >= 1, "at least 1")]
 
     @staticmethod
     def data() -> tuple[np.ndarray, np.ndarray]:
@@ -335,7 +574,7 @@ class ReLU1D(Setting):
         x, y = self.data()
         grid = np.linspace(x[0] - 0.05, x[-1] + 0.05, 1001)
         with torch.no_grad():
-            for replica in reversed(outcome.replicas):  # the arm with noise on top
+            for replica in reversed(_replicas(outcome)):  # the arm with noise on top
                 noisy = replica.arm.noise_variance > 0
                 device = replica.problem.x.device
                 f = replica.problem.model(torch.from_numpy(grid).to(device)).cpu()
@@ -347,7 +586,7 @@ class ReLU1D(Setting):
         left.text(0.0, -0.2, "1 seed" if self.num_seeds == 1 else f"{self.num_seeds} seeds each", color="0.4", ha="center", va="top", fontsize=8)
         title = _title(outcome, "and drives reg from where SGD leaves it down to the floor", "reg while training")
         _curves(right, outcome, "reg", "reg = mean ‖∇f(xᵢ)‖²", title)
-        floor = outcome.replicas[0].problem.floor
+        floor = _replicas(outcome)[0].problem.floor
         right.axhline(floor, color="black", lw=1, ls=":")
         right.text(0.02, 0.95 * floor, f"floor {floor:.2f}, by linear programming", transform=right.get_yaxis_transform(), va="top", fontsize=9)
         right.set_ylim(bottom=0.6 * floor)
@@ -380,7 +619,7 @@ class _SensingNet(nn.Module):
 
 
 @dataclass(frozen=True)
-class MatrixSensing(Setting):
+class MatrixSensing(LabelNoise):
     """Recovering a matrix of low rank from fewer measurements than pin it: label noise minimises the nuclear norm."""
 
     name: ClassVar[str] = "label-noise/matrix-sensing"
@@ -404,6 +643,7 @@ class MatrixSensing(Setting):
     def rules(self) -> list[tuple[str, bool, str]]:
         delta = statistical_dimension(self.dim, self.rank)
         return [
+            *super().rules(),
             ("dim", self.dim >= 1, "at least 1"),
             ("rank", 1 <= self.rank <= self.dim, f"between 1 and dim={self.dim}"),
             (
@@ -452,11 +692,11 @@ class MatrixSensing(Setting):
         _curves(left, outcome, "distance", "‖UU′ − X*‖ / ‖X*‖", title)
         _mark_settling(left, self)
         top = min(self.dim, 10)
-        for replica in outcome.replicas:
+        for replica in _replicas(outcome):
             assert isinstance(replica.problem.model, _SensingNet)
             values = torch.linalg.svdvals(replica.problem.model.u.detach()).square().cpu()  # eigenvalues of UU', in descending order
             right.plot(np.arange(1, top + 1), values[:top], "o-", ms=4, lw=1.2, color=NOISY if replica.arm.noise_variance > 0 else CLEAN, alpha=0.8)
-        truth = outcome.replicas[0].problem.truth
+        truth = _replicas(outcome)[0].problem.truth
         assert truth is not None
         values = torch.linalg.eigvalsh(truth).flip(0).cpu()
         right.plot(np.arange(1, top + 1), values[:top], "_", ms=18, mew=1.5, color="black", zorder=5)
@@ -481,7 +721,9 @@ def _curves(ax: Axes, outcome: Outcome, column: str, label: str, title: str, see
     frame = outcome.metrics[outcome.metrics["step"] > 0]
     frame = frame if seeds is None else frame[frame["seed"].isin(seeds)]
     named: list[float] = []
-    for arm in outcome.setting.arms():
+    setting = outcome.setting
+    assert isinstance(setting, LabelNoise)
+    for arm in setting.arms():
         colour = NOISY if arm.noise_variance > 0 else CLEAN
         curves = [rows for _, rows in frame[frame["arm"] == arm.name].groupby("seed")]
         for rows in curves:
@@ -491,13 +733,13 @@ def _curves(ax: Axes, outcome: Outcome, column: str, label: str, title: str, see
             end *= 1.14  # a name that would lie on another moves up
         named.append(end)
         ax.annotate(arm.name, (1.01, end), xycoords=("axes fraction", "data"), color=colour, va="center", fontsize=9, annotation_clip=False)
-    ax.set(xscale="log", yscale="log", xlabel="step", ylabel=label, title=title, xlim=(min(4, outcome.setting.steps / 2), outcome.setting.steps))
+    ax.set(xscale="log", yscale="log", xlabel="step", ylabel=label, title=title, xlim=(min(4, setting.steps / 2), setting.steps))
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _mark_settling(ax: Axes, setting: Setting) -> None:
+def _mark_settling(ax: Axes, setting: LabelNoise) -> None:
     if setting.settle > 0:
         ax.axvspan((1 - setting.settle) * setting.steps, setting.steps, color="0.9", zorder=0, lw=0)
         ax.text((1 - setting.settle) * setting.steps, 0.03, "labels clean ", transform=ax.get_xaxis_transform(), ha="right", fontsize=8, color="0.4")
