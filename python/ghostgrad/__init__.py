@@ -38,6 +38,8 @@ from .norms import second_moments as second_moments
 from .norms import sqnorms as sqnorms
 from .perturb import perturbed as perturbed
 from .rules import register_rule as register_rule
+from .statistics import NoiseScale as NoiseScale
+from .statistics import noise_scale as noise_scale
 from .tap import Tap as Tap
 from .tap import declare_samples as declare_samples
 from .tap import tap as tap
