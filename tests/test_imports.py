@@ -12,8 +12,8 @@ import ghostgrad
 
 PACKAGE = Path(ghostgrad.__file__).parent
 ORDER = (
-    "errors _C reference samplewise layout ops noise perturb optim contributions rules layers recurrent distributed tap compiled norms weighted gram costs"
-    " trace statistics bench training papers cli"
+    "errors _C reference samplewise layout ops noise perturb optim contributions rules layers recurrent distributed tap compiled norms weighted gram"
+    " inputs costs trace statistics bench training papers cli"
 ).split()
 
 

@@ -31,6 +31,7 @@ from .errors import GhostgradError as GhostgradError
 from .errors import TapStateError as TapStateError
 from .errors import UnsupportedUseError as UnsupportedUseError
 from .gram import gram as gram
+from .inputs import input_sqnorms as input_sqnorms
 from .norms import check as check
 from .norms import gradient_variance as gradient_variance
 from .norms import output_sqnorms as output_sqnorms
