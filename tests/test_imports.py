@@ -13,7 +13,7 @@ import ghostgrad
 PACKAGE = Path(ghostgrad.__file__).parent
 ORDER = (
     "errors _C reference samplewise layout ops noise perturb optim contributions rules layers recurrent distributed tap compiled norms weighted gram"
-    " inputs costs trace statistics bench training papers cli"
+    " inputs costs trace statistics scores bench training papers cli"
 ).split()
 
 

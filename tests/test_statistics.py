@@ -171,6 +171,13 @@ def test_accumulated_gradients() -> None:
     assert found.by_param is not None and sum(part.trace for part in found.by_param.values()) == pytest.approx(found.trace, rel=1e-11)
     again = gg.noise_scale([gg.noise_scale(tap) for tap in taps])
     assert (again.trace, again.interval) == (found.trace, found.interval)
+    whole = torch.cat([tap.sqnorms() for tap in taps])
+    model.zero_grad()
+    plain(model, x, y)
+    mean = sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None)
+    expected = gg.noise_scale(model, F.cross_entropy, x, y)
+    gathered = gg.NoiseScale.from_norms(whole, mean)
+    assert (gathered.trace, gathered.grad_sqnorm) == (pytest.approx(expected.trace, rel=1e-11), pytest.approx(expected.grad_sqnorm, rel=1e-11))
     assert gg.noise_scale([taps[0], gg.noise_scale(model, F.cross_entropy, x[:8], y[:8])]).by_param is None
 
 

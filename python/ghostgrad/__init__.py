@@ -39,6 +39,8 @@ from .norms import second_moments as second_moments
 from .norms import sqnorms as sqnorms
 from .perturb import perturbed as perturbed
 from .rules import register_rule as register_rule
+from .scores import ScoresFileError as ScoresFileError
+from .scores import scores as scores
 from .statistics import NoiseScale as NoiseScale
 from .statistics import noise_scale as noise_scale
 from .tap import Tap as Tap

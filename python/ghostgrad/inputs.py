@@ -33,7 +33,8 @@ class _NoBatchStatistics(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") == "batch_norm":
-            refuse_batch_statistics(self, args, kwargs)
+            with torch.enable_grad():
+                refuse_batch_statistics(self, args, kwargs)
         return func(*args, **kwargs)
 
 

@@ -42,6 +42,13 @@ class NoiseScale:
     interval: tuple[float, float] = (0.0, math.inf)  # 95 %, of the scale; without an upper end where |G|^2 cannot be told from zero
     by_param: dict[str, NoiseScale] | None = field(default=None, repr=False)  # the same for each parameter's part of the gradient
 
+    @classmethod
+    def from_norms(cls, sqnorms: Tensor, grad_sqnorm: float | Tensor) -> NoiseScale:
+        """From the squared norms (n,) of the samples' gradients and that of their mean, ``||gbar||^2``: gathered over processes, say."""
+        n, columns = torch.tensor([float(len(sqnorms))], dtype=torch.float64), sqnorms.detach().double().sum().cpu().reshape(1, 1)
+        sum_sqnorm = torch.as_tensor(grad_sqnorm).detach().double().cpu().reshape(1) * len(sqnorms) ** 2
+        return _of_parts(n, columns, sum_sqnorm, sum_sqnorm[None], None)
+
     @property
     def scale(self) -> float:
         """``tr Sigma / |G|^2``, the ratio of two unbiased estimates, which is not unbiased itself; nan if the estimate of ``|G|^2`` is not positive."""
@@ -141,8 +148,8 @@ def noise_scale(
         have changed between batches. Of a loader: the estimates from all pairs of the data set, at fixed parameters. In both cases intervals are those of the
         jackknife over the batches (or groups), the scale's by Fieller's theorem for ratios.
 
-    A warning says where the estimate of ``|G|^2`` is not positive, so that ``scale`` is nan: the batch is too small to tell the gradient from noise, and
-    ``trace`` and ``grad_sqnorm`` must be averaged over more of them, each for itself.
+    Where the estimate of ``|G|^2`` is not positive, ``scale`` is nan, and for a model a warning says so: the samples are too few to tell the gradient from
+    noise. In training that is a normal event: average ``trace`` and ``grad_sqnorm`` over several batches, each for itself, as a list of results does.
 
     Raises:
         the errors of :func:`ghostgrad.tap`; TapStateError if the gradient of a tap's batch is gone; ValueError if there are fewer than two samples; TypeError
@@ -150,18 +157,17 @@ def noise_scale(
 
     Cost: of a tap, one pass over the gradients. Of a model one training step for each batch, and for a loader the memory of ``groups`` gradients.
     """
-    if isinstance(source, nn.Module) or loss_fn is not None:
-        found = _of_data(source, loss_fn, data, reduction, by_param, groups, params, options)
-    elif isinstance(source, (Tap, NoiseScale)):
-        found = _of_one(source)
-    elif isinstance(source, Iterable):
-        found = _of_several([_of_one(one) for one in source])
-    else:
-        raise TypeError(f"ghostgrad.noise_scale: give a tap, a list of taps or results, or (model, loss_fn, ...), got {type(source).__name__}")
+    if isinstance(source, (Tap, NoiseScale)):
+        return _of_one(source)
+    if not isinstance(source, nn.Module) and loss_fn is None:
+        if not isinstance(source, Iterable):
+            raise TypeError(f"ghostgrad.noise_scale: give a tap, a list of taps or results, or (model, loss_fn, ...), got {type(source).__name__}")
+        return _of_several([_of_one(one) for one in source])
+    found = _of_data(source, loss_fn, data, reduction, by_param, groups, params, options)
     if found.grad_sqnorm <= 0 < found.trace:
         warnings.warn(
             f"ghostgrad.noise_scale: the estimate of |G|^2 is {found.grad_sqnorm:.3g}, so there is no ratio: {found.samples} samples are too few to tell the "
-            "gradient from noise. Average trace and grad_sqnorm over several batches: noise_scale([...])",
+            "gradient from noise",
             stacklevel=2,
         )
     return found
