@@ -271,13 +271,13 @@ def test_estimates_are_unbiased() -> None:
 
 
 def test_intervals_cover() -> None:
-    """Of 100 data sets of 4096 samples, the 95 % intervals of the noise scale have 1050 in them about as often."""
+    """Of 100 data sets of 2048 samples, the 95 % intervals of the noise scale have 1050 in them about as often."""
     covered = 0
     for seed in range(100):
-        model, loss, x, y = linear_population(4096, seed)
-        found = gg.noise_scale(model, loss, [(x[i : i + 128], y[i : i + 128]) for i in range(0, 4096, 128)])
+        model, loss, x, y = linear_population(2048, seed)
+        found = gg.noise_scale(model, loss, [(x[i : i + 128], y[i : i + 128]) for i in range(0, 2048, 128)])
         covered += found.interval[0] <= 1050 <= found.interval[1]
-        assert 0 < found.trace_stderr < 10
+        assert 0 < found.trace_stderr < 15
     assert 0.88 <= covered / 100 <= 0.99
 
 

@@ -1208,7 +1208,7 @@ class Tap(TorchFunctionMode):
 
         Measured as gradients arrive if the tap was made with ``gg.tap(..., grad_sqnorm=True)``: one more pass over them, and right under gradient
         accumulation and ``DistributedDataParallel`` (of the samples of this process). Without it, it is read from ``.grad``, if that is the very tensor which
-        the backward has left there: it had been None before, and nothing has written to it since.
+        the backward has left there: it had been None before, and nothing has written to it since (what is written through ``.grad.data`` is not seen).
 
         Args:
             by_param: a dict ``{name: ()}`` instead of the sum over the parameters.
