@@ -173,6 +173,37 @@ def test_nothing_is_changed() -> None:
     with pytest.warns(UserWarning, match="dropout is active"):
         again = gg.scores(model, DataLoader(dataset(), 8, shuffle=True, generator=generator), F.cross_entropy)
     assert all(torch.equal(first[kind], again[kind]) for kind in first)
+    model, state = network(), torch.get_rng_state()
+    gg.scores(model, DataLoader(dataset(), 8), F.cross_entropy)  # whose iterator takes a seed from torch's own generator
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.filterwarnings("ignore:ghostgrad")
+def test_a_batch_does_not_depend_on_those_before_it(tmp_path: Path) -> None:
+    """Dropout, and buffers that a forward changes: a resumed run ends with the same bytes."""
+    out = tmp_path / "scores.csv"
+    model = nn.Sequential(network(), nn.Dropout(0.5).train(), nn.utils.parametrizations.spectral_norm(nn.Linear(5, 5)).train())
+    loader = DataLoader(dataset(), 8)
+    gg.scores(model, loader, F.cross_entropy, out=out)
+    text = out.read_bytes()
+    out.write_bytes(text[: len(text) // 2])
+    gg.scores(model, loader, F.cross_entropy, out=out)
+    assert out.read_bytes() == text
+
+
+class Augmented(TensorDataset):
+    def __getitem__(self, i: int) -> Any:
+        x, y = super().__getitem__(i)
+        return x + torch.randn(x.shape), y
+
+
+def test_random_data_are_those_of_a_plain_loop() -> None:
+    model, data = network(), Augmented(*dataset().tensors)
+    torch.manual_seed(3)
+    expected = gg.scores(model, list(DataLoader(data, 8)), F.cross_entropy)
+    torch.manual_seed(3)
+    found = gg.scores(model, DataLoader(data, 8), F.cross_entropy)
+    assert all(torch.equal(found[kind], expected[kind]) for kind in found)
 
 
 @pytest.mark.parametrize("kinds", [["grand"], ["el2n"]])

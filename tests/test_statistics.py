@@ -181,6 +181,17 @@ def test_accumulated_gradients() -> None:
     assert gg.noise_scale([taps[0], gg.noise_scale(model, F.cross_entropy, x[:8], y[:8])]).by_param is None
 
 
+def test_batches_of_different_sizes_are_weighted() -> None:
+    """The mean of ``g_i . g_j`` over all pairs within a batch, and the variance over all degrees of freedom."""
+    model, (x, y) = net(), data(20)
+    g = torch.cat(list(per_sample(model, F.cross_entropy, (x,), y).values()), 1)
+    parts = [slice(0, 3), slice(3, 15), slice(15, 20)]
+    squares = sum((g[part] @ g[part].T).sum() - g[part].square().sum() for part in parts) / sum(n * (n - 1) for n in (3, 12, 5))
+    trace = sum((g[part] - g[part].mean(0)).square().sum() for part in parts) / (2 + 11 + 4)
+    found = gg.noise_scale([tapped(model, x[part], y[part], grad_sqnorm=True) for part in parts])
+    assert (found.trace, found.grad_sqnorm, found.samples) == (pytest.approx(float(trace), rel=1e-11), pytest.approx(float(squares), rel=1e-11), 20)
+
+
 def test_inside_the_block_and_in_nested_blocks() -> None:
     model, (x, y) = net(), data(12)
     expected = gg.noise_scale(model, F.cross_entropy, x, y)
