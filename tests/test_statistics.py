@@ -337,6 +337,10 @@ def test_arguments() -> None:
         gg.noise_scale(model, nn.CrossEntropyLoss(reduction="sum"), [(x, y)])
     with pytest.raises(ValueError, match="no batches"):
         gg.noise_scale(model, loss, [])
+    with pytest.raises(TypeError, match="inputs and then the target"):
+        gg.noise_scale(lambda x: model(x), loss, [(x, y)], params=model.parameters())
+    restricted = gg.noise_scale(model, loss, [(x[:3], y[:3]), (x[3:], y[3:])], params=(p for p in model[2].parameters()))
+    assert restricted.trace < gg.noise_scale(model, loss, x, y).trace
     with pytest.raises(gg.TapStateError, match="no norms yet"):
         gg.noise_scale(gg.tap(model))
     found = gg.noise_scale(model, loss, x, y)

@@ -211,7 +211,7 @@ def _of_several(results: Sequence[NoiseScale]) -> NoiseScale:
 
 
 def _batches(model: Any, loss_fn: Any, data: tuple[Any, ...], reduction: str) -> Iterator[tuple[Any, ...]]:
-    if len(data) == 1 and isinstance(data[0], Iterable) and not isinstance(data[0], Tensor):
+    if len(data) == 1 and isinstance(data[0], Iterable) and not isinstance(data[0], Tensor) and isinstance(model, nn.Module):
         _check_reduction("noise_scale", loss_fn, reduction)
         return _loaded("noise_scale", model, data[0])
     _check_arguments("noise_scale", loss_fn, data, reduction)
@@ -223,6 +223,7 @@ def _of_data(model: Any, loss_fn: Any, data: tuple[Any, ...], reduction: str, by
         raise TypeError("ghostgrad.noise_scale: give noise_scale(model, loss_fn, x, y) or noise_scale(model, loss_fn, loader)")
     if groups < 1:
         raise ValueError(f"ghostgrad.noise_scale: groups must be at least 1, got {groups}")
+    params = list(params) if isinstance(params, Iterator) else params  # there may be more than one batch
     sums: list[list[Tensor]] = []  # of gradients, by group and parameter
     counts: list[int] = []
     sqnorms: list[Tensor] = []
