@@ -228,6 +228,25 @@ def test_compiled() -> None:
         gg.noise_scale(tap)
 
 
+@pytest.mark.parametrize("memory", [0, 1 << 30])
+@pytest.mark.parametrize("measured", [False, True])
+def test_after_a_clipped_backward_there_is_no_gradient_of_the_batch(measured: bool, memory: int) -> None:
+    model, (x, y) = net(), data(12)
+    with gg.tap(model, grad_sqnorm=measured) as tap:
+        gg.clipped_backward(F.cross_entropy(model(x), y, reduction="none"), tap, 0.1, memory=memory)
+    with pytest.raises(gg.TapStateError, match="weighted or clipped"):
+        gg.noise_scale(tap)
+
+
+def test_beside_second_moments() -> None:
+    model, (x, y) = net(), data(12)
+    expected = gg.noise_scale(model, F.cross_entropy, x, y)
+    tap = tapped(model, x, y, moments=True)
+    assert gg.noise_scale(tap).trace == pytest.approx(expected.trace, rel=1e-11)
+    moments = sum(square.sum() for square in tap.second_moments().values())
+    assert expected.trace + expected.grad_sqnorm == pytest.approx(float(moments) / 12, rel=1e-11)
+
+
 def test_parameters_without_a_gradient_count_as_zero() -> None:
     model, (x, y) = net(), data(6)
     model.register_parameter("unused", nn.Parameter(torch.ones(3, dtype=F64)))

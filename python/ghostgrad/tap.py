@@ -1229,7 +1229,7 @@ class Tap(TorchFunctionMode):
                 squares[name] = square / batch_size**2 if self.reduction == "sum" else square
         if not squares:
             raise TapStateError(
-                "ghostgrad: the tap has seen no gradient of the whole batch: the backward was a weighted or clipped one, or norms of a compiled model were read "
+                "ghostgrad: the tap has seen no gradient of the batch: the backward was weighted or clipped, or norms of a compiled model were read "
                 "inside the block (ask for the batch gradient's norm before them)"
             )
         if by_param:
