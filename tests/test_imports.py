@@ -12,7 +12,7 @@ import ghostgrad
 
 PACKAGE = Path(ghostgrad.__file__).parent
 ORDER = (
-    "errors _C reference samplewise layout ops noise perturb optim contributions rules layers recurrent distributed tap compiled norms weighted gram"
+    "errors _C reference samplewise layout ops noise perturb optim contributions rules layers recurrent distributed tap compiled norms gram weighted"
     " inputs costs trace statistics scores bench training papers cli"
 ).split()
 
