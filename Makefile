@@ -22,14 +22,14 @@ test: $(VENV)/.tools
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.tools
-	$(BIN)/ruff check python tests benchmarks setup.py
-	$(BIN)/ruff format --check python tests benchmarks setup.py
+	$(BIN)/ruff check python tests benchmarks docs/examples setup.py
+	$(BIN)/ruff format --check python tests benchmarks docs/examples setup.py
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/.tools
-	$(BIN)/ruff check --fix python tests benchmarks setup.py
-	$(BIN)/ruff format python tests benchmarks setup.py
+	$(BIN)/ruff check --fix python tests benchmarks docs/examples setup.py
+	$(BIN)/ruff format python tests benchmarks docs/examples setup.py
 	$(BIN)/clang-format -i $(CPP)
 
 # The build that tests/kernels uses, too; its log keeps what ptxas says.

@@ -55,9 +55,9 @@ def _worker(rank: int, kind: str, port: int, folder: str) -> None:
     mine = slice(None) if kind == "tensor parallel" else slice(rank * B // WORLD, (rank + 1) * B // WORLD)
     model = KINDS[kind](_model())
     for _ in range(2):  # the second step sees parameters that were gathered and dropped again
-        with gg.tap(model, by_param=True) as tap:
+        with gg.tap(model, by_param=True, grad_sqnorm=True) as tap:
             F.mse_loss(model(x[mine]), y[mine]).backward()
-    torch.save(dict(tap.sqnorms(by_param=True)), Path(folder) / f"{rank}.pt")
+    torch.save((dict(tap.sqnorms(by_param=True)), tap.grad_sqnorm(by_param=True)), Path(folder) / f"{rank}.pt")
     dist.barrier()
     os._exit(0)  # the results are on disk; taking gloo's threads down sometimes aborts the process ("terminate called without an active exception")
 
@@ -77,7 +77,12 @@ def test_norms_equal_one_process(kind: str, tmp_path: Path) -> None:
     expected: dict[str, Tensor] = gg.sqnorms(_model(), F.mse_loss, x, y, by_param=True)
     for rank in range(WORLD):
         mine = slice(None) if kind == "tensor parallel" else slice(rank * B // WORLD, (rank + 1) * B // WORLD)
-        got = torch.load(tmp_path / f"{rank}.pt")
+        got, of_mean = torch.load(tmp_path / f"{rank}.pt")
+        model = _model()
+        F.mse_loss(model(x[mine]), y[mine]).backward()
+        for square, p in zip(of_mean.values(), model.parameters()):
+            assert p.grad is not None
+            torch.testing.assert_close(square, p.grad.square().sum(), rtol=1e-11, atol=0)
         assert [name.removeprefix("module.") for name in got] == list(expected)
         for norm, e in zip(got.values(), expected.values()):
             torch.testing.assert_close(norm, e[mine], rtol=1e-11, atol=0)

@@ -12,8 +12,8 @@ import ghostgrad
 
 PACKAGE = Path(ghostgrad.__file__).parent
 ORDER = (
-    "errors _C reference samplewise layout ops noise perturb optim contributions rules layers recurrent distributed tap compiled norms gram weighted costs"
-    " trace bench training private papers cli"
+    "errors _C reference samplewise layout ops noise perturb optim contributions rules layers recurrent distributed tap compiled norms gram weighted"
+    " inputs costs trace statistics scores bench training private papers cli"
 ).split()
 
 

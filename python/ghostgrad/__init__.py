@@ -31,6 +31,7 @@ from .errors import GhostgradError as GhostgradError
 from .errors import TapStateError as TapStateError
 from .errors import UnsupportedUseError as UnsupportedUseError
 from .gram import gram as gram
+from .inputs import input_sqnorms as input_sqnorms
 from .norms import check as check
 from .norms import gradient_variance as gradient_variance
 from .norms import output_sqnorms as output_sqnorms
@@ -38,6 +39,10 @@ from .norms import second_moments as second_moments
 from .norms import sqnorms as sqnorms
 from .perturb import perturbed as perturbed
 from .rules import register_rule as register_rule
+from .scores import ScoresFileError as ScoresFileError
+from .scores import scores as scores
+from .statistics import NoiseScale as NoiseScale
+from .statistics import noise_scale as noise_scale
 from .tap import Tap as Tap
 from .tap import declare_samples as declare_samples
 from .tap import tap as tap

@@ -66,6 +66,13 @@ def _check_arguments(caller: str, loss_fn: Callable[..., Any], batch: tuple[Any,
 
 def _backward(tap: Tap, scalar: Tensor, create_graph: bool, retain_graph: bool | None = None, parameters: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
     """The tap's norms for one scalar, without touching ``.grad``. Weight gradients are formed if the tap wants them, those of other ``parameters``, too."""
+    return _norms_and_grads(tap, scalar, create_graph, retain_graph, parameters)[0]
+
+
+def _norms_and_grads(
+    tap: Tap, scalar: Tensor, create_graph: bool = False, retain_graph: bool | None = None, parameters: Sequence[Tensor] | None = None
+) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
+    """The same and the gradients of the parameters, those that there are."""
     leaves = tap._pass.sources()
     if not scalar.requires_grad:
         raise TapStateError("ghostgrad: the result does not depend on any of the tapped parameters")
@@ -76,7 +83,7 @@ def _backward(tap: Tap, scalar: Tensor, create_graph: bool, retain_graph: bool |
     parameters = [p for _, p in tap._names.values()] if parameters is None else parameters
     # The parameters are asked for too: what arrives without having been returned by the tap took a way around it, and the tap's hooks see that.
     grads = torch.autograd.grad(scalar, [*leaves.values(), *parameters], create_graph=create_graph, retain_graph=retain_graph, allow_unused=True)
-    return tap._read(dict(zip(leaves, grads)))
+    return tap._read(dict(zip(leaves, grads))), grads[len(leaves) :]
 
 
 def _result(tap: Tap, norms: dict[str, Tensor], by_param: bool, create_graph: bool) -> Any:

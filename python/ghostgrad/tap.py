@@ -114,6 +114,7 @@ class _Pass:
         self.repeated: set[str] = set()  # parameters that more than one backward reached
         self.bypassed: set[str] = set()
         self.norms: dict[str, Tensor] | None = None
+        self.grad_sqnorms: dict[str, Tensor] | None = None  # of the batch's gradients as they arrive at the parameters, if asked for
         self.regions: Any = None  # of compiled code: see ghostgrad.compiled
         self.observe: Callable[[Sequence[_Node], Callable[[], Any]], Any] | None = None  # runs the collectors of some nodes, for ghostgrad.explain
         self.consume: Consumer | None = None  # makes something else of a parameter's contributions: its gradient and the tap's, if any
@@ -571,6 +572,7 @@ class Tap(TorchFunctionMode):
         expand_limit: int = 1 << 31,
         moments: bool = False,
         want_grad: bool = True,
+        grad_sqnorm: bool = False,
     ):
         super().__init__()
         if reduction not in ("mean", "sum"):
@@ -595,6 +597,8 @@ class Tap(TorchFunctionMode):
                 if isinstance(tensor, Tensor):
                     self._constants[id(tensor)] = tensor
         self._want_grad, self._moments = want_grad, moments
+        self._measure = grad_sqnorm
+        self._left: dict[int, weakref.ref[Tensor]] = {}  # the .grad of the parameters when the block ended
         self._open = False
         self._handles: list[Any] = []
         self._warned: set[tuple[str, str]] = set()
@@ -630,6 +634,7 @@ class Tap(TorchFunctionMode):
             handle.remove()
         self._handles.clear()
         self._pass.close()
+        self._left = {key: weakref.ref(p.grad) for key, (_, p) in self._names.items() if p.grad is not None}
         self._trace, self._open = _Trace(), False
         if isinstance(inner_error := getattr(exc_value, "inner_exception", None), GhostgradError):
             raise inner_error from exc_value  # the compiler's error wraps ours
@@ -657,6 +662,7 @@ class Tap(TorchFunctionMode):
     def _new_pass(self) -> _Pass:
         new = _Pass(self._given_batch_size)
         new.consume = self._take_moments if self._moments else None
+        new.grad_sqnorms = {} if self._measure else None
         if self._entry is not None and "torch._dynamo" in sys.modules:  # this process may compile; if not, it costs nothing
             new.regions = type(self)._make_regions(self)
         return new
@@ -687,6 +693,9 @@ class Tap(TorchFunctionMode):
         """Tensor hook of a parameter: its gradient must be the one that its outermost collector handed out."""
         if grad is None or not self._pass.armed:
             return
+        if self._pass.grad_sqnorms is not None:
+            with torch._C.DisableTorchFunction():
+                self._pass.grad_sqnorms[name] = _sqnorm(grad)
         node = self._pass.nodes.get(key)
         while node is not None and node.outer is not None and node.outer.owner.armed:
             node = node.outer
@@ -1194,6 +1203,60 @@ class Tap(TorchFunctionMode):
             moments[name] = torch.zeros_like(p, dtype=dtype, requires_grad=False) if squares is None else squares.to(dtype) * scale
         return moments
 
+    def grad_sqnorm(self, by_param: bool = False) -> Any:
+        """``||gbar||^2`` of the same backward: the squared norm of the gradient of the samples' mean loss, whatever ``reduction`` is.
+
+        Measured as gradients arrive if the tap was made with ``gg.tap(..., grad_sqnorm=True)``: one more pass over them, and right under gradient
+        accumulation and ``DistributedDataParallel`` (of the samples of this process). Without it, it is read from ``.grad``, if that is the very tensor which
+        the backward has left there: it had been None before, and nothing has written to it since (what is written through ``.grad.data`` is not seen).
+
+        Args:
+            by_param: a dict ``{name: ()}`` instead of the sum over the parameters.
+
+        Returns:
+            Tensor (), or a dict of them; float64 if a parameter is, else float32.
+
+        Raises:
+            the errors of :meth:`sqnorms`; TapStateError if ``.grad`` is not what the backward left there.
+        """
+        now, batch_size = self._pass, self.batch_size or 1
+        if now.norms is None:
+            self.sqnorms()
+        measured, squares = now.grad_sqnorms, {}
+        for key, (name, p) in self._names.items():
+            square = self._sqnorm_in_grad(now, key, name, p) if measured is None else measured.get(name)
+            if square is not None:
+                squares[name] = square / batch_size**2 if self.reduction == "sum" else square
+        if not squares:
+            raise TapStateError(
+                "ghostgrad: the tap has seen no gradient of the batch: the backward was weighted or clipped, or norms of a compiled model were read "
+                "inside the block (ask for the batch gradient's norm before them)"
+            )
+        if by_param:
+            zero = {name: torch.zeros((), device=p.device) for name, p in self._names.values()}
+            return {name: squares.get(name, zero[name]).to(accumulation_dtype(p.dtype)) for name, p in self._names.values()}
+        first = next(iter(squares.values()))
+        total = torch.stack([square.to(first.device, torch.float64) for square in squares.values()]).sum()
+        return total if self._wide else total.float()
+
+    def _sqnorm_in_grad(self, now: _Pass, key: int, name: str, p: Tensor) -> Tensor | None:
+        """Of ``.grad``, which must be the gradient that was handed out; None if there was none."""
+        node, grad = now.nodes.get(key), p.grad
+        while node is not None and node.returned is None and node.outer is not None:
+            node = node.outer  # of an enclosing tap
+        returned = None if node is None else node.returned
+        unknown = not self._want_grad or (now.regions is not None and key in now.regions.covered)
+        if returned is None and not unknown:
+            return None
+        left = grad if self._open else self._left[key]() if key in self._left else None
+        if unknown or grad is None or left is not grad or returned != _identity(grad):
+            raise TapStateError(
+                f"ghostgrad: the .grad of parameter {name!r} is not, or not only, the gradient of the tapped backward: it was accumulated, changed (clipped, "
+                "averaged over processes) or freed, or the model is compiled. Make the tap with gg.tap(..., grad_sqnorm=True), which measures gradients as "
+                "they arrive."
+            )
+        return _sqnorm(grad)
+
     def _bypassed(self) -> UnsupportedUseError:
         return UnsupportedUseError(
             f"ghostgrad: parameter {', '.join(map(repr, sorted(self._pass.bypassed)))} received a gradient that did not pass through the tap: from a custom "
@@ -1290,6 +1353,14 @@ def _identity(grad: Tensor) -> tuple[Any, ...]:
         return grad.data_ptr(), grad._version
     memory = grad._values() if grad.is_sparse else grad.to_local() if hasattr(grad, "to_local") else grad
     return _memory(memory), memory.storage_offset(), grad._version
+
+
+def _sqnorm(grad: Tensor) -> Tensor:
+    """() squared norm of all elements of a gradient, dense, sparse or sharded."""
+    grad = grad.detach()
+    values = grad.coalesce().values() if grad.is_sparse else grad
+    square = ops.row_sqnorm(values.reshape(1, -1))
+    return (square.full_tensor() if hasattr(square, "full_tensor") else square)[0]
 
 
 def _like(t: Tensor, other: Tensor) -> Tensor:
@@ -1392,6 +1463,7 @@ def tap(target: nn.Module | Tensor | Mapping[str, Tensor] | Iterable[Tensor], **
             are known).
         expand_limit: bytes that one copy of a parameter's gradient per sample may take where there is no fused rule; more raises.
         moments: also sum the squares of the per-sample gradients, element by element, for ``tap.second_moments()``.
+        grad_sqnorm: also measure the squared norm of the batch's gradient as it arrives, for ``tap.grad_sqnorm()`` and :func:`ghostgrad.noise_scale`.
 
     Cost: no copy per sample for ``F.linear``, matrix products, broadcast operations and normalisation layers; one copy per sample, with a warning, for an
     operation without a rule.

@@ -158,6 +158,26 @@ class _Generators:
             torch.cuda.set_rng_state(state, device)
 
 
+class _Buffers:
+    """The buffers of modules, which are what they were again after :meth:`restore`."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, str], tuple[nn.Module, str, Tensor, int, Tensor]] = {}
+
+    def keep(self, module: nn.Module, _: Any = None) -> None:
+        for name, buffer in module._buffers.items():
+            if buffer is not None and (id(module), name) not in self._kept:
+                self._kept[id(module), name] = (module, name, buffer, buffer._version, buffer.clone())
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for key, (module, name, buffer, version, value) in self._kept.items():
+            module._buffers[name] = buffer
+            if buffer._version != version or isinstance(module, _NormBase):  # native normalisation does not count versions
+                buffer.copy_(value)
+                self._kept[key] = (module, name, buffer, buffer._version, value)
+
+
 _ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__  # of every function that is so marked
 
 
@@ -270,10 +290,10 @@ class _Problem:
         self.vector = False  # the loss has one element for each sample
         self._bar = _extra("tqdm", caller, "tqdm").tqdm(unit="pass", disable=not progress) if progress else None
         owner = self.model if self.model is not None else self.addressed.model
-        self._buffers: dict[tuple[int, str], tuple[nn.Module, str, Tensor, int, Tensor]] = {}
+        self._buffers = _Buffers()
         self._watched = owner is not None
         for module in () if owner is None else owner.modules():
-            self._keep_buffers(module)
+            self._buffers.keep(module)
 
     def __enter__(self) -> _Problem:
         self._initial = self._state = _Generators(self.devices)
@@ -282,7 +302,7 @@ class _Problem:
 
     def __exit__(self, *_: Any) -> None:
         self.restore_parameters()
-        self._restore_buffers()
+        self._buffers.restore()
         self._initial.restore()
         if self._bar is not None:
             self._bar.close()
@@ -295,19 +315,6 @@ class _Problem:
         for part, value in zip(self.addressed.parts(), self._kept):
             part.tensor.copy_(value)
 
-    def _keep_buffers(self, module: nn.Module, _: Any = None) -> None:
-        for name, buffer in module._buffers.items():
-            if buffer is not None and (id(module), name) not in self._buffers:
-                self._buffers[id(module), name] = (module, name, buffer, buffer._version, buffer.clone())
-
-    @torch.no_grad()
-    def _restore_buffers(self) -> None:
-        for key, (module, name, buffer, version, value) in self._buffers.items():
-            module._buffers[name] = buffer
-            if buffer._version != version or isinstance(module, _NormBase):  # native normalisation does not count versions
-                buffer.copy_(value)
-                self._buffers[key] = (module, name, buffer, buffer._version, value)
-
     # -- evaluations
 
     def batches(self) -> Iterator[tuple[int, Callable[[], Tensor]]]:
@@ -319,7 +326,7 @@ class _Problem:
 
     def prepare(self) -> None:
         """Before every forward pass."""
-        self._restore_buffers()
+        self._buffers.restore()
         self._state.restore()
         self.forwards += 1
         if self._bar is not None:
@@ -331,7 +338,7 @@ class _Problem:
         if self._watched:
             loss = closure()
         else:  # a closure's modules are found when they are called for the first time
-            handle = register_module_forward_pre_hook(self._keep_buffers)
+            handle = register_module_forward_pre_hook(self._buffers.keep)
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")  # which may well fire twice
