@@ -46,14 +46,14 @@ def test_huggingface(accumulation: int, tmp_path: Path) -> None:
     module = example("huggingface")
     seen: list[Any] = []
 
-    class Recording(module.TappedTrainer):  # type: ignore[name-defined,misc]
-        def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    class Recording(module.NormCallback):  # type: ignore[name-defined,misc]
+        def tapped_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             before = {name: p.detach().clone() for name, p in model.named_parameters()}
-            loss = super().training_step(model, inputs, *args, **kwargs)
+            loss = super().tapped_step(model, inputs, *args, **kwargs)
             seen.append((before, inputs, self.norms[-1], self.noise[-1]))
             return loss
 
-    module.TappedTrainer = Recording
+    module.NormCallback = Recording
     trainer = module.main(str(tmp_path), max_steps=2, logging_steps=1, gradient_accumulation_steps=accumulation)
     assert len(seen) == 2 * accumulation
     logged = [entry for entry in trainer.state.log_history if "sample_norm" in entry]
