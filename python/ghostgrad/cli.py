@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # tyro's, after it has printed help or what it did not understand
         return stop.code if isinstance(stop.code, int) else 2
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in {"tyro", "tqdm", "matplotlib", "pandas", "scipy", "sklearn"}:
+        if (error.name or "").split(".")[0] in {"tyro", "tqdm", "matplotlib", "pandas", "scipy", "sklearn", "PIL"}:
             print(MISSING.format(name=error.name), file=sys.stderr)
             return 2
         raise
