@@ -53,6 +53,7 @@ class Images:
     test_y: Tensor  # (M,) int64
     classes: tuple[str, ...]
     name: str
+    split: bool  # whether the halves were split by the seed; else they came as two
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def load_images(source: str = "digits", *, seed: int = 0, test_share: float = 0.
     train, test, classes = _digits(size) if source == "digits" else _folder(path, size)
     if len(classes) < 2:
         raise ImageDataError(path, "at least 2 classes are needed", f"got {len(classes)} ({', '.join(classes)})", "Add images of another class.")
+    split = test is None
     if test is None:
         train, test = _split(path, train, classes, seed, test_share)
     if train.x.shape[1:] != test.x.shape[1:]:
@@ -112,7 +114,7 @@ def load_images(source: str = "digits", *, seed: int = 0, test_share: float = 0.
         raise ImageDataError(path, "images must differ", f"but channel {int(std.argmin())} of the training images has one value everywhere", "Check the files.")
     for x in (train_x, test_x):
         x.sub_(mean).div_(std)
-    return Images(train_x, torch.from_numpy(train.y), test_x, torch.from_numpy(test.y), classes, source if source == "digits" else path.resolve().name)
+    return Images(train_x, torch.from_numpy(train.y), test_x, torch.from_numpy(test.y), classes, source if source == "digits" else path.resolve().name, split)
 
 
 def _split(path: Path, whole: _Half, classes: Sequence[str], seed: int, test_share: float) -> tuple[_Half, _Half]:
