@@ -65,8 +65,9 @@ def test_sgd_is_a_plain_loop() -> None:
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 
-def test_what_is_measured_against_the_whole_hessian_in_float64() -> None:
-    setting = replace(SMALL, network="MLP", num_seeds=1, gradients=40, probes=200, trace_images=5000)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_what_is_measured_against_the_whole_hessian_in_float64(smoothing: float) -> None:
+    setting = replace(SMALL, network="MLP", label_smoothing=smoothing, num_seeds=1, gradients=40, probes=200, trace_images=5000)
     run = setting.start(CPU, False)
     run.advance(0, 20, lambda: None)
     row = run.read(20).rows[2]
@@ -77,7 +78,7 @@ def test_what_is_measured_against_the_whole_hessian_in_float64() -> None:
 
     def loss(flat: torch.Tensor) -> torch.Tensor:
         parts = {name: part.view_as(params[name]) for name, part in zip(names, flat.split(sizes), strict=True)}
-        return cross_entropy(functional_call(model, parts, (images.train_x.double(),)), images.train_y)
+        return cross_entropy(functional_call(model, parts, (images.train_x.double(),)), images.train_y, label_smoothing=smoothing)
 
     flat = torch.cat([p.flatten() for p in params.values()])
     matrix = hessian(loss)(flat)

@@ -43,7 +43,7 @@ PAPER = "Zhang, Li, Ju (TMLR 2024)"
 METHODS = {"SGD": 1, "one-point": 1, "two-point": 2, "SAM": 2}  # gradients per step
 COLOURS = {"SGD": "#d1603d", "one-point": "#4f9d69", "two-point": "#0b6e99", "SAM": "#7a7a7a"}
 PAPER_TRACE, PAPER_EIGENVALUE = -0.158, -0.097  # what the paper reports, relative to SGD
-CHUNK = 1024  # images per forward pass where no gradient is needed
+CHUNK = 1024  # images per forward pass where no gradient is needed; each counts alike in the batch statistics
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------- the networks
