@@ -11,7 +11,8 @@ arms of a seed share the split of the images, the start, the order of the batche
 of SGD and of the one-point method takes one, of the two-point method and of SAM two, so the former two take twice as many steps.
 
 Learning rate (0.1, 0.2), sigma (0.03, 0.06) and rho (0.05, 0.1) were chosen on seeds 100 and 101, which the run does not use: the smaller of each, with which
-every arm trains safely. Larger ones give flatter minima still, at the same accuracy to within that of two seeds.
+every arm trains safely. Larger ones gave minima as flat or flatter. At a learning rate of 0.2 the MLP read more of the test digits, by 0.5 points with SGD and
+by 0.3 with two points.
 """
 
 from __future__ import annotations
