@@ -52,6 +52,7 @@ def run(args: Sequence[str]) -> int:
     import tyro
 
     from .papers import SETTINGS, suggest
+    from .papers.images import ImageDataError
     from .training import CompileError, NonFiniteError, RunDirectory, RunDirectoryError, train
 
     if not args or args[0].startswith("-"):
@@ -96,7 +97,7 @@ def run(args: Sequence[str]) -> int:
             progress=not options.quiet,
             checkpoint_seconds=options.checkpoint_seconds,
         )
-    except (RunDirectoryError, CompileError) as error:
+    except (RunDirectoryError, CompileError, ImageDataError) as error:
         return _usage_error(str(error))
     except NonFiniteError as error:
         print(f"\nghostgrad: {error}\nIt lies in {out}.", file=sys.stderr)
@@ -161,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # tyro's, after it has printed help or what it did not understand
         return stop.code if isinstance(stop.code, int) else 2
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in {"tyro", "tqdm", "matplotlib", "pandas", "scipy", "sklearn"}:
+        if (error.name or "").split(".")[0] in {"tyro", "tqdm", "matplotlib", "pandas", "scipy", "sklearn", "PIL"}:
             print(MISSING.format(name=error.name), file=sys.stderr)
             return 2
         raise

@@ -11,11 +11,12 @@ import difflib
 from ..training import Setting
 from . import noise_stability
 from .label_noise import MatrixSensing, OnePoint, ReLU1D
+from .noise_digits import NoiseDigits
 
 __all__ = ["SETTINGS", "suggest"]
 
 SETTINGS: dict[str, type[Setting]] = {
-    setting.name: setting for setting in (OnePoint, ReLU1D, MatrixSensing, noise_stability.MatrixSensing, noise_stability.Quantisation)
+    setting.name: setting for setting in (OnePoint, ReLU1D, MatrixSensing, noise_stability.MatrixSensing, NoiseDigits, noise_stability.Quantisation)
 }
 
 
