@@ -284,6 +284,11 @@ class _Problem:
         self.names, self.addressed = _parameters(caller, params)
         self.params = self.addressed.params
         self.devices = sorted({p.device for p in self.params}, key=str)
+        self._whole = []  # of each device: which parameters, and their addresses in full
+        for device in self.devices:
+            places = [i for i, p in enumerate(self.params) if p.device == device]
+            blocks = [Block(self.addressed.numbers[i], 0, self.params[i].numel(), self.params[i].numel()) for i in places]
+            self._whole.append((places, [number for block in blocks for number in block]))
         self.forwards = self.backwards = self.products = 0
         self.kinks: dict[str, int] = {}
         self._product: Product | None = None
@@ -297,7 +302,9 @@ class _Problem:
 
     def __enter__(self) -> _Problem:
         self._initial = self._state = _Generators(self.devices)
-        self._kept = [part.tensor.clone() for part in self.addressed.parts()]
+        self._memory: list[int] | None = None
+        self._look_up()
+        self._kept = [t.clone() for t in self._tensors]
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -311,9 +318,19 @@ class _Problem:
 
     @torch.no_grad()
     def restore_parameters(self) -> None:
+        self._look_up()
+        if self._kept:  # a process may hold nothing of a sharded model
+            torch._foreach_copy_(self._tensors, self._kept)
+
+    def _look_up(self) -> None:
+        """The tensors to be perturbed, and their addresses: anew where something is sharded, or memory is not what it was (``p.data = ...``)."""
         _reshard(self.addressed.model)
-        for part, value in zip(self.addressed.parts(), self._kept):
-            part.tensor.copy_(value)
+        memory = None if any(hasattr(p, "placements") for p in self.params) else [p.data_ptr() for p in self.params]
+        if memory is None or memory != self._memory:
+            parts = self.addressed.parts()
+            self._memory, self._tensors = memory, [part.tensor for part in parts]
+            here = ([part for part in parts if part.tensor.device == device] for device in self.devices)
+            self._held = [([part.tensor for part in some], [number for part in some for number in part.block]) for some in here if some]
 
     # -- evaluations
 
@@ -375,10 +392,12 @@ class _Problem:
         self.backwards += 1
         return list(grads)
 
-    def move(self, seed: int, sigma: float) -> None:
-        """``w + sigma xi``."""
+    @torch.no_grad()
+    def move(self, probe: int, sigma: float) -> None:
+        """``w + sigma xi``. Calls the op itself, as :meth:`dot` does: between two passes of a small model every step in Python shows."""
         self.restore_parameters()
-        self.addressed.add_noise_(sigma, seed, self.distribution)
+        for tensors, blocks in self._held:
+            torch.ops.ghostgrad.perturb_.default(tensors, _probe_seed(self.seed, probe), sigma, self.distribution, blocks)
 
     @torch.no_grad()
     def shift(self, vector: Sequence[Tensor], sigma: float) -> None:
@@ -391,29 +410,27 @@ class _Problem:
     def noise(self, probe: int) -> list[Tensor]:
         """``xi`` itself."""
         vector = [torch.zeros_like(p, requires_grad=False) for p in self.params]
-        parts = self.addressed.parts(vector)
-        for device in self.devices:
-            here = [part for part in parts if part.tensor.device == device]
-            noise.perturb_([part.tensor for part in here], _probe_seed(self.seed, probe), 1.0, self.distribution, [part.block for part in here])
+        self.addressed.add_noise_(1.0, _probe_seed(self.seed, probe), self.distribution, vector)
         return vector
 
     def dot(self, plus: Sequence[Tensor], minus: Sequence[Tensor] | None, probe: int, sigma: float = 0.5) -> Tensor:
         """(P,) ``xi . (plus - minus) / (2 sigma)`` of every parameter. Sharded gradients are gathered."""
         plus, minus = [_whole(t) for t in plus], None if minus is None else [_whole(t) for t in minus]
-        blocks = [Block(number, 0, t.numel(), t.numel()) for number, t in zip(self.addressed.numbers, plus)]
-        dots = torch.empty(len(plus), dtype=torch.float64, device=plus[0].device)
-        for device in self.devices:
-            here = [i for i, t in enumerate(plus) if t.device == device]
-            of_device = noise.probe_dot(
-                [plus[i] for i in here],
-                None if minus is None else [minus[i] for i in here],
-                seed=_probe_seed(self.seed, probe),
-                sigma=sigma,
-                distribution=self.distribution,
-                blocks=[blocks[i] for i in here],
+        dots: list[Tensor] = [
+            torch.ops.ghostgrad.probe_dot.default(
+                [plus[i] for i in places],
+                None if minus is None else [minus[i] for i in places],
+                _probe_seed(self.seed, probe),
+                sigma,
+                self.distribution,
+                blocks,
             )
-            dots[here] = of_device.to(dots.device)
-        return dots
+            for places, blocks in self._whole
+        ]
+        if len(dots) == 1:
+            return dots[0]
+        places = torch.tensor([i for places, _ in self._whole for i in places])
+        return torch.cat([d.cpu() for d in dots])[places.argsort()]
 
     # -- products with the Hessian, or the Gauss-Newton matrix
 
@@ -611,7 +628,7 @@ def _at_both(problem: _Problem, probe: int, sigma: float, evaluate: Callable[[],
     """At ``w + sigma xi`` and ``w - sigma xi``."""
     sides = []
     for sign in (1, -1):
-        problem.move(_probe_seed(problem.seed, probe), sign * sigma)
+        problem.move(probe, sign * sigma)
         sides.append(evaluate())
     return sides[0], sides[1]
 
