@@ -178,6 +178,9 @@ class _Buffers:
                 self._kept[key] = (module, name, buffer, buffer._version, value)
 
 
+# Straight to an op's kernel: between two passes of a small model every turn through the dispatcher, with its lists of tensors, shows.
+_BelowAutograd = torch._C._AutoDispatchBelowADInplaceOrView
+
 _ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__  # of every function that is so marked
 
 
@@ -394,10 +397,11 @@ class _Problem:
 
     @torch.no_grad()
     def move(self, probe: int, sigma: float) -> None:
-        """``w + sigma xi``. Calls the op itself, as :meth:`dot` does: between two passes of a small model every step in Python shows."""
-        self.restore_parameters()
-        for tensors, blocks in self._held:
-            torch.ops.ghostgrad.perturb_.default(tensors, _probe_seed(self.seed, probe), sigma, self.distribution, blocks)
+        """``w + sigma xi``."""
+        self.restore_parameters()  # which counts the versions of the tensors up
+        with _BelowAutograd():
+            for tensors, blocks in self._held:
+                torch.ops.ghostgrad.perturb_.default(tensors, _probe_seed(self.seed, probe), sigma, self.distribution, blocks)
 
     @torch.no_grad()
     def shift(self, vector: Sequence[Tensor], sigma: float) -> None:
@@ -416,17 +420,18 @@ class _Problem:
     def dot(self, plus: Sequence[Tensor], minus: Sequence[Tensor] | None, probe: int, sigma: float = 0.5) -> Tensor:
         """(P,) ``xi . (plus - minus) / (2 sigma)`` of every parameter. Sharded gradients are gathered."""
         plus, minus = [_whole(t) for t in plus], None if minus is None else [_whole(t) for t in minus]
-        dots: list[Tensor] = [
-            torch.ops.ghostgrad.probe_dot.default(
-                [plus[i] for i in places],
-                None if minus is None else [minus[i] for i in places],
-                _probe_seed(self.seed, probe),
-                sigma,
-                self.distribution,
-                blocks,
-            )
-            for places, blocks in self._whole
-        ]
+        with _BelowAutograd():
+            dots: list[Tensor] = [
+                torch.ops.ghostgrad.probe_dot.default(
+                    [plus[i] for i in places],
+                    None if minus is None else [minus[i] for i in places],
+                    _probe_seed(self.seed, probe),
+                    sigma,
+                    self.distribution,
+                    blocks,
+                )
+                for places, blocks in self._whole
+            ]
         if len(dots) == 1:
             return dots[0]
         places = torch.tensor([i for places, _ in self._whole for i in places])
