@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -235,7 +236,7 @@ def answers() -> list[Row]:
 
 
 def cost(pairs: int) -> list[Row]:
-    """What one more probe takes, over the plain step."""
+    """What one more probe takes, over the plain step: processor time of one thread."""
     few, many = 8, 20  # not fewer: as many probes are evaluated at twice sigma in both
     rows = []
     for name, sizes, problem in workloads(smooth=False):
@@ -260,7 +261,7 @@ def cost(pairs: int) -> list[Row]:
             **{method: (ours, method) for method in ("two_point", "two_point_grad", "hvp")},
             **{name: (theirs, peer) for name, peer in installed().items() if not fails(theirs(peer, 1))},
         }
-        times = interleave(plain, {f"{method} {n}": call(of, n) for method, (call, of) in methods.items() for n in (few, many)}, pairs)
+        times = interleave(plain, {f"{method} {n}": call(of, n) for method, (call, of) in methods.items() for n in (few, many)}, pairs, clock=time.process_time)
         for method in methods:
             ratios = [
                 (more - less) / (many - few) / ((before + after) / 2)
