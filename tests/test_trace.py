@@ -433,6 +433,20 @@ def test_nothing_is_left_changed(method: str, closure: bool) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_loss_may_give_parameters_other_memory(method: str) -> None:
+    h = symmetric(30)
+    loss, w = quadratic(h)
+    before, expected = w.detach().clone(), gg.hessian_trace(loss, [w], method=method, probes=6)
+
+    def moved() -> Tensor:
+        w.data = w.data.clone()
+        return loss()
+
+    assert torch.equal(gg.hessian_trace(moved, [w], method=method, probes=6).samples, expected.samples)
+    assert torch.equal(w.detach(), before)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_parameters_return_when_the_loss_raises(method: str) -> None:
     model, x, y = build("gelu")
     before, calls = [p.detach().clone() for p in model.parameters()], 0
