@@ -1,38 +1,45 @@
-"""Hessian traces: how near float32 comes to float64, what a probe costs, and what happens at kinks.
+"""Hessian traces: how near float32 comes to float64, what a probe costs, what happens at kinks; and the same probes by other libraries.
 
-    python benchmarks/traces.py [--tables accuracy cost kinks] [--pairs 7] [--results benchmarks/results/traces.json] [--figure x.svg]
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/traces.py [--tables accuracy answers cost kinks] [--pairs 7] [--results benchmarks/results/traces.json] [--figure x.svg]
 
-``accuracy`` and ``kinks`` depend on the seed alone (and on rounding), ``cost`` on the machine: medians over interleaved pairs with the plain training step.
-Tables that are not asked for stay in the file as they are; ``--tables`` alone draws the figure from it.
+``accuracy``, ``answers`` and ``kinks`` depend on the seed alone (and on rounding), ``cost`` on the machine: medians over interleaved pairs with the plain
+training step. PyHessian and curvlinops take part in ``answers`` and ``cost`` where they are installed. Tables that are not asked for stay in the file as they
+are; ``--tables`` alone draws the figure from it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import importlib.metadata
+import importlib.util
 import itertools
 import json
 import math
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import torch
 import torch.nn.functional as F
 from grid import keep_memory, machine, save
-from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ghostgrad as gg
 from ghostgrad.bench.measure import interleave
-from ghostgrad.bench.problems import PROBLEMS
+from ghostgrad.bench.problems import PROBLEMS, Problem
 
 RESULTS = Path(__file__).resolve().parent / "results/traces.json"
 Row = dict[str, Any]
+TABLES = ("accuracy", "answers", "cost", "kinks")
 PROBES = 64
+WORKLOADS: dict[str, dict[str, int]] = {"mlp": {}, "cnn": {"batch": 16}, "block": {"batch": 2}}
 FORMS = (("two_point_grad", "mean"), ("two_point", "mean"), ("two_point", "per sample"))  # and how the loss is given
 
 
@@ -115,25 +122,146 @@ def accuracy() -> list[Row]:
     return rows
 
 
-def cost(pairs: int) -> list[Row]:
-    """What one more probe takes, over the plain step."""
-    few, many = 8, 20  # not fewer: as many probes are evaluated at twice sigma in both
-    rows = []
-    for name, sizes in (("mlp", {}), ("cnn", {"batch": 16}), ("block", {"batch": 2})):
+def workloads(smooth: bool) -> Iterator[tuple[str, dict[str, int], Problem]]:
+    """Those that traces are timed on; smooth ones have GELU in the place of ReLU."""
+    for name, sizes in WORKLOADS.items():
         torch.manual_seed(0)
         problem = PROBLEMS[name](**sizes)
+        for module in problem.model.modules() if smooth else ():
+            for child, layer in module.named_children():
+                if isinstance(layer, nn.ReLU):
+                    setattr(module, child, nn.GELU())
+        yield name, sizes, problem
+
+
+# Other libraries: the trace with n probes of their own, as they document it, and v . H v of given vectors by the same product.
+Vectors = list[list[Tensor]]
+
+
+class PyHessian:
+    package, module = "PyHessian", "pyhessian"
+
+    def __init__(self, problem: Problem):
+        import pyhessian
+
+        self.problem, self.utils = problem, pyhessian.utils
+        self.hessian = pyhessian.hessian(problem.model, problem.loss_fn, data=(*problem.inputs, problem.target), cuda=False)
+
+    def trace(self, probes: int) -> None:
+        self.hessian.trace(maxIter=probes, tol=-math.inf)  # or it stops as soon as the mean moves little
+        self.problem.model.zero_grad(set_to_none=True)
+
+    def samples(self, vectors: Vectors) -> Tensor:
+        products = (self.utils.hessian_vector_product(self.hessian.gradsH, self.hessian.params, v) for v in vectors)
+        return torch.stack([self.utils.group_product(product, v) for product, v in zip(products, vectors)])
+
+
+class Curvlinops:
+    package, module = "curvlinops-for-pytorch", "curvlinops"
+
+    def __init__(self, problem: Problem):
+        import curvlinops
+
+        loss = nn.MSELoss() if problem.loss_fn is F.mse_loss else nn.CrossEntropyLoss()
+        data = [(*problem.inputs, problem.target)]
+        self.library = curvlinops
+        self.operator = curvlinops.HessianLinearOperator(problem.model, loss, list(problem.model.parameters()), data, check_deterministic=False)
+
+    def trace(self, probes: int) -> None:
+        self.library.hutchinson_trace(self.operator, probes)
+
+    def samples(self, vectors: Vectors) -> Tensor:
+        return torch.stack([sum((a * b).sum() for a, b in zip(self.operator @ v, v)) for v in vectors])
+
+
+PEERS = {"PyHessian": PyHessian, "curvlinops": Curvlinops}
+
+
+def installed() -> dict[str, Any]:
+    return {name: peer for name, peer in PEERS.items() if importlib.util.find_spec(peer.module) is not None}
+
+
+def versions() -> dict[str, str]:
+    return {peer.package: importlib.metadata.version(peer.package) for peer in installed().values()}
+
+
+def fails(step: Callable[[], object]) -> str | None:
+    """Its error's first line."""
+    try:
+        step()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def math_attention() -> contextlib.AbstractContextManager[None]:
+    """The fused attention kernels have no second derivative."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def answers() -> list[Row]:
+    """The same probes, in float32, by each method and library: how far their samples are from those of double backward in float64."""
+    rows, n = [], 8
+    for name, sizes, problem in workloads(smooth=True):
+        model, (x,), target = problem.model, problem.inputs, problem.target
+        exact = gg.hessian_trace(copy.deepcopy(model).double(), problem.loss_fn, wide(x), wide(target), method="hvp", probes=n).samples
+        vectors: Vectors = [[torch.zeros_like(p, requires_grad=False) for p in model.parameters()] for _ in range(n)]
+        for i, v in enumerate(vectors):
+            gg.noise.perturb_(v, i << 32, 1.0)
+        found: dict[str, Tensor] = {}
+        errors: dict[str, str | None] = {}
+        for method in ("two_point", "two_point_grad", "hvp"):
+            loss = problem.losses if method == "two_point" else problem.loss_fn  # of each sample: less rounding
+            found[method] = gg.hessian_trace(model, loss, x, target, method=method, probes=n).samples
+        for method, peer in installed().items():
+
+            def samples() -> None:
+                found[method] = peer(problem).samples(vectors).double()  # noqa: B023
+
+            errors[method] = fails(samples)
+            model.zero_grad(set_to_none=True)
+            if errors[method]:
+                with math_attention():
+                    fails(samples)
+            model.zero_grad(set_to_none=True)
+        for method in dict.fromkeys((*found, *errors)):
+            row: Row = {"problem": name, **sizes, "method": method}
+            if method in found:
+                row |= {"mean": float(found[method].mean()), "error": float((found[method] - exact).norm() / exact.norm())}
+            if errors.get(method):
+                row["fused attention" if method in found else "fails"] = errors[method]
+            rows.append(row)
+            print(*(f"{value:.4g}" if isinstance(value, float) else value for value in row.values()), flush=True)
+    return rows
+
+
+def cost(pairs: int) -> list[Row]:
+    """What one more probe takes, over the plain step: processor time of one thread."""
+    few, many = 8, 20  # not fewer: as many probes are evaluated at twice sigma in both
+    rows = []
+    for name, sizes, problem in workloads(smooth=False):
         model, target = problem.model, problem.target
 
         def plain() -> None:
             problem.loss_fn(model(*problem.inputs), target).backward()  # noqa: B023
             model.zero_grad(set_to_none=True)  # noqa: B023
 
-        def call(method: str, probes: int) -> Callable[[], object]:
+        def ours(method: str, probes: int) -> Callable[[], object]:
             options = {} if method == "hvp" else {"sigma": 1e-3}
             return lambda: gg.hessian_trace(model, problem.loss_fn, *problem.inputs, target, method=method, probes=probes, **options)  # noqa: B023
 
-        methods = ("two_point", "two_point_grad", "hvp")
-        times = interleave(plain, {f"{method} {n}": call(method, n) for method in methods for n in (few, many)}, pairs)
+        def theirs(peer: Any, probes: int) -> Callable[[], object]:
+            def step() -> None:
+                with math_attention():
+                    peer(problem).trace(probes)  # noqa: B023
+
+            return step
+
+        methods = {
+            **{method: (ours, method) for method in ("two_point", "two_point_grad", "hvp")},
+            **{name: (theirs, peer) for name, peer in installed().items() if not fails(theirs(peer, 1))},
+        }
+        times = interleave(plain, {f"{method} {n}": call(of, n) for method, (call, of) in methods.items() for n in (few, many)}, pairs, clock=time.process_time)
         for method in methods:
             ratios = [
                 (more - less) / (many - few) / ((before + after) / 2)
@@ -163,7 +291,10 @@ def kinks() -> list[Row]:
     return rows
 
 
-def figure(rows: list[Row]) -> Figure:
+def figure(rows: list[Row], to: Path) -> None:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     fig = Figure(figsize=(9.5, 3.6), layout="constrained")
     styles = {"two_point": ("differences of losses", "#d1495b"), "two_point_grad": ("differences of gradients", "#00798c")}
     for ax, net in zip(fig.subplots(1, 2), ("GELU", "ReLU")):
@@ -187,12 +318,13 @@ def figure(rows: list[Row]) -> Figure:
             ax.spines[side].set_visible(False)
     fig.axes[0].set_ylabel("trace of the Hessian")
     fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=8)
-    return fig
+    with mpl.rc_context({"svg.hashsalt": "ghostgrad", "svg.fonttype": "path"}):
+        fig.savefig(to, metadata={"Date": None})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tables", nargs="*", choices=("accuracy", "cost", "kinks"), default=["accuracy", "cost", "kinks"])
+    parser.add_argument("--tables", nargs="*", choices=TABLES, default=list(TABLES))
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--figure", type=Path, help="draw the figure there")
@@ -201,21 +333,20 @@ def main() -> None:
         keep_memory()
     torch.set_num_threads(1)
     tables: dict[str, list[Row]] = {}
-    head = machine(1)
+    head = machine(1) | {"peers": versions()}
     if arguments.results.exists():
         found = json.loads(arguments.results.read_text())
-        tables = {name: found[name] for name in ("accuracy", "cost", "kinks") if name in found}
+        tables = {name: found[name] for name in TABLES if name in found}
         if "cost" not in arguments.tables:
             head = {name: value for name, value in found.items() if name not in tables}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         for name in arguments.tables:
-            tables[name] = {"accuracy": accuracy, "cost": lambda: cost(arguments.pairs), "kinks": kinks}[name]()
+            tables[name] = {"accuracy": accuracy, "answers": answers, "cost": lambda: cost(arguments.pairs), "kinks": kinks}[name]()
     if arguments.tables:
         save(arguments.results, head, tables)
     if arguments.figure:
-        with mpl.rc_context({"svg.hashsalt": "ghostgrad", "svg.fonttype": "path"}):
-            figure(tables["kinks"]).savefig(arguments.figure, metadata={"Date": None})
+        figure(tables["kinks"], arguments.figure)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> tupl
     made = {name: (lambda name=name: order.append(name)) for name in seconds}
     clock = {step: seconds[name] for name, step in made.items()}
 
-    def read(step: Callable[[], None], repeat: int = 1) -> float:
+    def read(step: Callable[[], None], repeat: int = 1, **_: object) -> float:
         step()
         return clock[step]
 

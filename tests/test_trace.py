@@ -107,15 +107,41 @@ def test_diagonal_hessians_are_exact_with_rademacher_noise(method: str, n: int) 
 
 
 @pytest.mark.parametrize("distribution", ["rademacher", "normal"])
-def test_variances_and_coverage(distribution: str) -> None:
-    """Variances by formula; and of 500 estimates with 24 probes, 92 to 98 % have the trace in their interval."""
+@pytest.mark.parametrize(("n", "probes"), [(5, 12000), (50, 3000), (500, 2000)])  # few dimensions have heavy tails
+def test_variances_of_dense_quadratics(n: int, probes: int, distribution: str) -> None:
+    h = symmetric(n)
+    loss, w = quadratic(h)
+    squares = h.square().sum() - (h.diagonal().square().sum() if distribution == "rademacher" else 0)
+    samples = gg.hessian_trace(loss, [w], sigma=0.1, probes=probes, distribution=distribution).samples
+    torch.testing.assert_close(samples.var(), 2 * squares, rtol=0.1, atol=0)
+    assert abs(samples.mean() - h.trace()) <= 3 * samples.std() / math.sqrt(probes)
+
+
+@pytest.mark.parametrize(("n", "probes"), [(5, 12000), (5000, 2000)])
+def test_variances_of_diagonal_quadratics(n: int, probes: int) -> None:
+    """With normal noise, as with rademacher noise there is none."""
+    d = torch.linspace(-1, 3, n, dtype=F64)
+    w = nn.Parameter(torch.ones(n, dtype=F64))
+    samples = gg.hessian_trace(lambda: (d * w * w).sum() / 2, [w], sigma=0.1, probes=probes, distribution="normal").samples
+    torch.testing.assert_close(samples.var(), 2 * d.square().sum(), rtol=0.1, atol=0)
+    assert abs(samples.mean() - d.sum()) <= 3 * samples.std() / math.sqrt(probes)
+
+
+@pytest.mark.parametrize(
+    ("method", "distribution"),
+    [
+        *(("two_point", "rademacher"), ("two_point", "normal"), ("two_point_grad", "rademacher"), ("hvp", "normal")),  # all have the same samples here
+        *(("hutch++", "rademacher"), ("hutch++", "normal")),
+    ],
+)
+def test_coverage(method: str, distribution: str) -> None:
+    """Of 500 estimates with 24 probes, 92 to 98 % have the trace in their interval."""
     h = symmetric(30)
     loss, w = quadratic(h)
-    off = h.square().sum() - (h.diagonal().square().sum() if distribution == "rademacher" else 0)
-    estimates = [gg.hessian_trace(loss, [w], sigma=0.1, probes=24, seed=seed, distribution=distribution) for seed in range(500)]
-    samples = torch.cat([e.samples for e in estimates])
-    torch.testing.assert_close(samples.var(), 2 * off, rtol=0.1, atol=0)
-    assert abs(samples.mean() - h.trace()) <= 3 * samples.std() / math.sqrt(len(samples))
+    sigma = {"sigma": 0.1} if method in TWO_POINT else {}
+    estimates = [gg.hessian_trace(loss, [w], method=method, probes=24, seed=seed, distribution=distribution, **sigma) for seed in range(500)]
+    means = torch.tensor([e.mean for e in estimates], dtype=F64)
+    assert abs(means.mean() - h.trace()) <= 3 * means.std() / math.sqrt(500)
     covered = sum(e.interval[0] <= float(h.trace()) <= e.interval[1] for e in estimates) / 500
     assert 0.92 <= covered <= 0.98
 
@@ -300,6 +326,32 @@ def test_kinks_are_named_and_the_smoothed_trace_is_right(method: str) -> None:
     assert est.sigma is not None and est.sigma > 1e-3 and "kinks" in est.reason
 
 
+@pytest.mark.parametrize("method", TWO_POINT)
+def test_at_kinks_the_interval_holds_the_trace_of_the_gaussian_smoothed_loss(method: str) -> None:
+    """Which is computed here in float64 from draws of torch's own: tr of the Hessian of ``E l(w + s xi)``, and ``2 (E l(w + s xi) - l(w)) / s^2``."""
+    with pytest.warns(UserWarning, match="kinks .relu x2."):
+        est = gg.hessian_trace(relu_net()[0], F.cross_entropy, *relu_net()[1:], method=method, distribution="normal")
+    assert est.sigma is not None
+    model, x, y = relu_net(F64)
+    w = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(params: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(model, params, (x,)), y)
+
+    def draw(xi: dict[str, Tensor]) -> Tensor:
+        plus, minus = ({name: w[name] + sign * est.sigma * xi[name] for name in w} for sign in (1, -1))
+        if method == "two_point":
+            return (loss(plus) + loss(minus) - 2 * loss(w)) / est.sigma**2
+        above, below = torch.func.grad(loss)(plus), torch.func.grad(loss)(minus)
+        return sum(((above[name] - below[name]) * xi[name]).sum() for name in w) / (2 * est.sigma)
+
+    torch.manual_seed(1)
+    draws = torch.cat([torch.func.vmap(draw)({name: torch.randn(250, *p.shape, dtype=F64) for name, p in w.items()}) for _ in range(20)])
+    stderr = float(draws.std()) / math.sqrt(len(draws))
+    assert stderr < est.stderr / 5
+    assert est.interval[0] - 2 * stderr <= float(draws.mean()) <= est.interval[1] + 2 * stderr
+
+
 def test_hidden_kinks_show_in_the_values() -> None:
     """An absolute value that no operation gives away."""
     torch.manual_seed(0)
@@ -378,6 +430,20 @@ def test_nothing_is_left_changed(method: str, closure: bool) -> None:
     after = [model.state_dict(), optimizer.state_dict(), [p.grad for p in model.parameters()], torch.get_rng_state()]
     for a, b in zip(torch.utils._pytree.tree_leaves(state), torch.utils._pytree.tree_leaves(after)):
         assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_may_give_parameters_other_memory(method: str) -> None:
+    h = symmetric(30)
+    loss, w = quadratic(h)
+    before, expected = w.detach().clone(), gg.hessian_trace(loss, [w], method=method, probes=6)
+
+    def moved() -> Tensor:
+        w.data = w.data.clone()
+        return loss()
+
+    assert torch.equal(gg.hessian_trace(moved, [w], method=method, probes=6).samples, expected.samples)
+    assert torch.equal(w.detach(), before)
 
 
 @pytest.mark.parametrize("method", METHODS)

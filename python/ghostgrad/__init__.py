@@ -26,10 +26,15 @@ from .contributions import Positions as Positions
 from .contributions import Rows as Rows
 from .contributions import Segments as Segments
 from .costs import explain as explain
+from .eigenvalues import Eigenvalues as Eigenvalues
+from .eigenvalues import top_eigenvalue as top_eigenvalue
 from .errors import BatchCouplingError as BatchCouplingError
 from .errors import GhostgradError as GhostgradError
 from .errors import TapStateError as TapStateError
 from .errors import UnsupportedUseError as UnsupportedUseError
+from .gauss_newton import CurvatureTrace as CurvatureTrace
+from .gauss_newton import fisher_trace as fisher_trace
+from .gauss_newton import ggn_trace as ggn_trace
 from .gram import gram as gram
 from .inputs import input_sqnorms as input_sqnorms
 from .norms import check as check
@@ -46,13 +51,8 @@ from .statistics import noise_scale as noise_scale
 from .tap import Tap as Tap
 from .tap import declare_samples as declare_samples
 from .tap import tap as tap
-from .trace import CurvatureTrace as CurvatureTrace
-from .trace import Eigenvalues as Eigenvalues
 from .trace import HessianTrace as HessianTrace
-from .trace import fisher_trace as fisher_trace
-from .trace import ggn_trace as ggn_trace
 from .trace import hessian_trace as hessian_trace
-from .trace import top_eigenvalue as top_eigenvalue
 from .weighted import clipped_backward as clipped_backward
 from .weighted import weighted_backward as weighted_backward
 

@@ -88,8 +88,7 @@ def _register_in_place(name: str, *mutated: int) -> None:
     def autograd(keyset: Any, *args: Any, **kwargs: Any) -> None:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in changed(args)):
             raise RuntimeError(f"{name}: a tensor that requires grad is changed in place while gradients are recorded: call it under torch.no_grad()")
-        with torch._C._AutoDispatchBelowAutograd():
-            op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+        versions(keyset, *args, **kwargs)  # straight on: a turn through the dispatcher, with lists of tensors, takes as long as a small model's noise
 
     def versions(keyset: Any, *args: Any, **kwargs: Any) -> None:
         torch.autograd.graph.increment_version(changed(args))

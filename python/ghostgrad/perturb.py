@@ -79,10 +79,11 @@ class Addressed:
         ]
 
     @torch.no_grad()
-    def add_noise_(self, sigma: float | Sequence[float], seed: int, distribution: str = "rademacher") -> None:
-        """``w <- w + sigma * xi``, with one sigma or one for each parameter: a call of :func:`ghostgrad.noise.perturb_` for each device and sigma."""
+    def add_noise_(self, sigma: float | Sequence[float], seed: int, distribution: str = "rademacher", tensors: Sequence[Tensor] | None = None) -> None:
+        """``w <- w + sigma * xi``, with one sigma or one for each parameter: a call of :func:`ghostgrad.noise.perturb_` for each device and sigma. ``tensors``
+        as for :meth:`parts`."""
         calls: dict[tuple[torch.device, float], list[Part]] = {}
-        for part in self.parts():
+        for part in self.parts(tensors):
             calls.setdefault((part.tensor.device, sigma[part.parameter] if isinstance(sigma, Sequence) else sigma), []).append(part)
         for (_, size), parts in calls.items():
             noise.perturb_([part.tensor for part in parts], seed, size, distribution, [part.block for part in parts])

@@ -1,4 +1,4 @@
-"""Traces and top eigenvalues of Hessians, with error bars; Gauss-Newton and Fisher traces, exact from norms.
+"""Traces of Hessians, with error bars.
 
 ``tr H = E[xi^T H xi]`` for any probe ``xi`` with independent elements of mean 0 and variance 1. Four methods, which differ in how they come by ``xi^T H xi``:
 
@@ -33,12 +33,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import noise
-from .errors import GhostgradError, UnsupportedUseError
+from .errors import UnsupportedUseError
 from .noise import Block
-from .norms import _backward, _call, _run, _tapped
+from .norms import _call
 from .perturb import Addressed, _reshard
 
-__all__ = ["CurvatureTrace", "Eigenvalues", "HessianTrace", "fisher_trace", "ggn_trace", "hessian_trace", "top_eigenvalue"]
+__all__ = ["HessianTrace", "hessian_trace"]
 
 METHODS = ("two_point", "two_point_grad", "hvp", "hutch++")
 _PILOT = {"two_point": 4, "two_point_grad": 2}  # probes to choose sigma by: gradients cost three times as much, and bear a wider range
@@ -115,32 +115,6 @@ class HessianTrace:
         return "\n".join((*lines, *(f"warning: {w}" for w in self.warnings)))
 
 
-@dataclass(frozen=True)
-class CurvatureTrace:
-    """What :func:`ggn_trace` and :func:`fisher_trace` found."""
-
-    mean: float
-    stderr: float  # 0 if exact; nan for one draw
-    by_param: dict[str, float] = field(repr=False)
-    by_sample: Tensor = field(repr=False)  # (B,)
-
-    def __float__(self) -> float:
-        return self.mean
-
-
-@dataclass(frozen=True)
-class Eigenvalues:
-    """What :func:`top_eigenvalue` found."""
-
-    values: Tensor  # (k,) float64, the largest first
-    residuals: Tensor  # (k,) ||H v - value v||: an eigenvalue lies within this distance
-    vectors: Tensor = field(repr=False)  # (k, n) float64, the parameters one after the other
-    products: int
-
-    def __float__(self) -> float:
-        return float(self.values[0])
-
-
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # The loss, its parameters, and everything that must be as before when all is done
 
@@ -177,6 +151,9 @@ class _Buffers:
                 buffer.copy_(value)
                 self._kept[key] = (module, name, buffer, buffer._version, value)
 
+
+# Straight to an op's kernel: between two passes of a small model every turn through the dispatcher, with its lists of tensors, shows.
+_BelowAutograd = torch._C._AutoDispatchBelowADInplaceOrView
 
 _ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__  # of every function that is so marked
 
@@ -284,6 +261,11 @@ class _Problem:
         self.names, self.addressed = _parameters(caller, params)
         self.params = self.addressed.params
         self.devices = sorted({p.device for p in self.params}, key=str)
+        self._whole = []  # of each device: which parameters, and their addresses in full
+        for device in self.devices:
+            places = [i for i, p in enumerate(self.params) if p.device == device]
+            blocks = [Block(self.addressed.numbers[i], 0, self.params[i].numel(), self.params[i].numel()) for i in places]
+            self._whole.append((places, [number for block in blocks for number in block]))
         self.forwards = self.backwards = self.products = 0
         self.kinks: dict[str, int] = {}
         self._product: Product | None = None
@@ -297,7 +279,9 @@ class _Problem:
 
     def __enter__(self) -> _Problem:
         self._initial = self._state = _Generators(self.devices)
-        self._kept = [part.tensor.clone() for part in self.addressed.parts()]
+        self._memory: list[int] | None = None
+        self._look_up()
+        self._kept = [t.clone() for t in self._tensors]
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -311,9 +295,19 @@ class _Problem:
 
     @torch.no_grad()
     def restore_parameters(self) -> None:
+        self._look_up()
+        if self._kept:  # a process may hold nothing of a sharded model
+            torch._foreach_copy_(self._tensors, self._kept)
+
+    def _look_up(self) -> None:
+        """The tensors to be perturbed, and their addresses: anew where something is sharded, or memory is not what it was (``p.data = ...``)."""
         _reshard(self.addressed.model)
-        for part, value in zip(self.addressed.parts(), self._kept):
-            part.tensor.copy_(value)
+        memory = None if any(hasattr(p, "placements") for p in self.params) else [p.data_ptr() for p in self.params]
+        if memory is None or memory != self._memory:
+            parts = self.addressed.parts()
+            self._memory, self._tensors = memory, [part.tensor for part in parts]
+            here = ([part for part in parts if part.tensor.device == device] for device in self.devices)
+            self._held = [([part.tensor for part in some], [number for part in some for number in part.block]) for some in here if some]
 
     # -- evaluations
 
@@ -375,10 +369,13 @@ class _Problem:
         self.backwards += 1
         return list(grads)
 
-    def move(self, seed: int, sigma: float) -> None:
+    @torch.no_grad()
+    def move(self, probe: int, sigma: float) -> None:
         """``w + sigma xi``."""
-        self.restore_parameters()
-        self.addressed.add_noise_(sigma, seed, self.distribution)
+        self.restore_parameters()  # which counts the versions of the tensors up
+        with _BelowAutograd():
+            for tensors, blocks in self._held:
+                torch.ops.ghostgrad.perturb_.default(tensors, _probe_seed(self.seed, probe), sigma, self.distribution, blocks)
 
     @torch.no_grad()
     def shift(self, vector: Sequence[Tensor], sigma: float) -> None:
@@ -391,29 +388,28 @@ class _Problem:
     def noise(self, probe: int) -> list[Tensor]:
         """``xi`` itself."""
         vector = [torch.zeros_like(p, requires_grad=False) for p in self.params]
-        parts = self.addressed.parts(vector)
-        for device in self.devices:
-            here = [part for part in parts if part.tensor.device == device]
-            noise.perturb_([part.tensor for part in here], _probe_seed(self.seed, probe), 1.0, self.distribution, [part.block for part in here])
+        self.addressed.add_noise_(1.0, _probe_seed(self.seed, probe), self.distribution, vector)
         return vector
 
     def dot(self, plus: Sequence[Tensor], minus: Sequence[Tensor] | None, probe: int, sigma: float = 0.5) -> Tensor:
         """(P,) ``xi . (plus - minus) / (2 sigma)`` of every parameter. Sharded gradients are gathered."""
         plus, minus = [_whole(t) for t in plus], None if minus is None else [_whole(t) for t in minus]
-        blocks = [Block(number, 0, t.numel(), t.numel()) for number, t in zip(self.addressed.numbers, plus)]
-        dots = torch.empty(len(plus), dtype=torch.float64, device=plus[0].device)
-        for device in self.devices:
-            here = [i for i, t in enumerate(plus) if t.device == device]
-            of_device = noise.probe_dot(
-                [plus[i] for i in here],
-                None if minus is None else [minus[i] for i in here],
-                seed=_probe_seed(self.seed, probe),
-                sigma=sigma,
-                distribution=self.distribution,
-                blocks=[blocks[i] for i in here],
-            )
-            dots[here] = of_device.to(dots.device)
-        return dots
+        with _BelowAutograd():
+            dots: list[Tensor] = [
+                torch.ops.ghostgrad.probe_dot.default(
+                    [plus[i] for i in places],
+                    None if minus is None else [minus[i] for i in places],
+                    _probe_seed(self.seed, probe),
+                    sigma,
+                    self.distribution,
+                    blocks,
+                )
+                for places, blocks in self._whole
+            ]
+        if len(dots) == 1:
+            return dots[0]
+        places = torch.tensor([i for places, _ in self._whole for i in places])
+        return torch.cat([d.cpu() for d in dots])[places.argsort()]
 
     # -- products with the Hessian, or the Gauss-Newton matrix
 
@@ -611,7 +607,7 @@ def _at_both(problem: _Problem, probe: int, sigma: float, evaluate: Callable[[],
     """At ``w + sigma xi`` and ``w - sigma xi``."""
     sides = []
     for sign in (1, -1):
-        problem.move(_probe_seed(problem.seed, probe), sign * sigma)
+        problem.move(probe, sign * sigma)
         sides.append(evaluate())
     return sides[0], sides[1]
 
@@ -949,347 +945,3 @@ def _result(
         cost=problem.cost,
         warnings=tuple(messages),
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Gauss-Newton and Fisher: traces of J^T L J from norms, with L = d^2 l / d f^2 cut into squares
-
-
-_SEEDS_LIMIT = 1024  # outputs per sample of a loss whose second derivative by them is formed
-
-
-def _kind(loss_fn: Any) -> str | None:
-    """Which of the losses with known factors it is."""
-    if isinstance(loss_fn, str):
-        return loss_fn
-    if loss_fn is nn.functional.cross_entropy or (type(loss_fn) is nn.CrossEntropyLoss and loss_fn.weight is None and loss_fn.reduction != "none"):
-        return "cross_entropy"
-    if loss_fn is nn.functional.mse_loss or (type(loss_fn) is nn.MSELoss and loss_fn.reduction != "none"):
-        return "mse"
-    return None
-
-
-Seeds = Iterator[tuple[Tensor, Tensor | None]]  # cotangents of the output, and signs (B,) if not all are 1
-
-
-def _of_cross_entropy(caller: str, loss_fn: Any, out: Tensor, target: Any, reduction: str, generator: torch.Generator | None) -> Seeds:
-    """``sqrt(p_k) (e_k - p)`` for every class k, or ``e_y - p`` with ``y`` drawn from ``p``. Positions of a sample are independent: each has its own
-    seeds, and a draw serves all of them at once."""
-    first = isinstance(target, Tensor) and not target.is_floating_point() and target.shape == (*out.shape[:1], *out.shape[2:])
-    last = isinstance(target, Tensor) and not target.is_floating_point() and target.shape == out.shape[:-1] and isinstance(loss_fn, str) and out.dim() > 2
-    if first and last:
-        raise ValueError(
-            f"ghostgrad.{caller}: classes may be the second or the last dimension of the output {tuple(out.shape)}: pass F.cross_entropy and a model that has "
-            "them second"
-        )
-    if not first and not last:
-        found = f"{target.dtype} {tuple(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
-        raise ValueError(f"ghostgrad.{caller}: cross-entropy needs class indices, one for each position of the output {tuple(out.shape)}, got {found}")
-    p = out.detach().movedim(-1 if last else 1, 1).reshape(len(out), out.shape[-1 if last else 1], -1)  # (B, C, T)
-    p = p.to(torch.promote_types(p.dtype, torch.float32)).softmax(1)
-    seen = (target != getattr(loss_fn, "ignore_index", -100)).reshape(len(out), -1)  # (B, T)
-    root = (seen.double() * (len(out) / seen.sum().double() if reduction == "mean" else 1.0)).sqrt().to(p.dtype)
-
-    def shaped(seed: Tensor) -> Tensor:
-        return (seed.movedim(1, 2).reshape(out.shape) if last else seed.reshape(out.shape)).to(out.dtype)
-
-    if generator is not None:
-        while True:
-            u = torch.rand(p[:, 0].shape, generator=generator, dtype=torch.float64).to(p.device)
-            drawn = (p.double().cumsum(1) < u[:, None]).sum(1, keepdim=True).clamp_max(p.shape[1] - 1)  # (B, 1, T)
-            yield shaped((p - torch.zeros_like(p).scatter_(1, drawn, 1.0)) * root[:, None]), None
-    for t in range(p.shape[2]):
-        for k in range(p.shape[1]):
-            seed = torch.zeros_like(p)
-            seed[:, :, t] = -p[:, :, t]
-            seed[:, k, t] += 1
-            seed[:, :, t] *= (root[:, t] * p[:, k, t].sqrt())[:, None]
-            yield shaped(seed), None
-
-
-def _of_squares(out: Tensor, curvature: float, generator: torch.Generator | None) -> Seeds:
-    """The outputs one by one, or all with independent normal weights."""
-    root = math.sqrt(curvature)
-    while generator is not None:
-        yield (root * torch.randn(out.shape, generator=generator, dtype=torch.float64)).to(out), None
-    for k in range(out[0].numel()):
-        seed = torch.zeros_like(out, requires_grad=False).reshape(len(out), -1)
-        seed[:, k] = root
-        yield seed.view(out.shape), None
-
-
-def _of_any_loss(caller: str, loss_fn: Callable[..., Tensor], out: Tensor, target: Any, reduction: str) -> Seeds:
-    """Eigenvectors of every sample's ``d^2 l / d f^2`` (K, K), times the root of the eigenvalue."""
-    size = out[0].numel()
-    if size > _SEEDS_LIMIT:
-        raise UnsupportedUseError(
-            f"ghostgrad.{caller}: the model has {size} outputs per sample, too many to form the loss's second derivative by them (limit {_SEEDS_LIMIT}); "
-            "give the loss by name, 'cross_entropy' or 'squared', or estimate with num_samples and one of these"
-        )
-    leaf = out.detach().requires_grad_()
-    with torch.enable_grad():
-        loss = loss_fn(leaf, target)
-        if loss.dim() and loss.shape != out.shape[:1]:
-            raise ValueError(f"ghostgrad.{caller}: loss_fn must return a scalar or one loss per sample, ({len(out)},), got shape {tuple(loss.shape)}")
-        (grad,) = torch.autograd.grad(loss.sum() * (len(out) if not loss.dim() and reduction == "mean" else 1), leaf, create_graph=True)
-        grad = grad.reshape(len(out), -1)
-        if not grad.requires_grad:
-            return  # no curvature
-        rows = [torch.autograd.grad(grad[:, k].sum(), leaf, retain_graph=True)[0].reshape(len(out), -1) for k in range(size)]
-    values, vectors = torch.linalg.eigh(torch.stack(rows, 1).to(torch.promote_types(out.dtype, torch.float32)))
-    for k in range(size):
-        if float(values[:, k].abs().max()) > size * torch.finfo(values.dtype).eps * float(values.abs().max()):
-            seed = vectors[:, :, k] * values[:, k, None].abs().sqrt()
-            yield seed.view(out.shape).to(out.dtype), values[:, k].sign().double()
-
-
-def _norm_trace(
-    caller: str, model: Any, loss_fn: Any, batch: tuple[Any, ...], reduction: str, num_samples: int | None, seed: int, params: Any, options: Any
-) -> Any:
-    """(draws or 1, {name: (B,)}) of one batch."""
-    *inputs, target = batch
-    generator = None if num_samples is None else torch.Generator().manual_seed(seed)
-    with torch.enable_grad(), _tapped(model, params, by_param=True, reduction="sum", **options) as tap:
-        out = _run(tap, model, tuple(inputs), False)
-        if not isinstance(out, Tensor) or out.dim() == 0 or out.shape[0] != tap.batch_size or not out.numel():
-            found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise TypeError(f"ghostgrad.{caller}: the model must return a tensor with the {tap.batch_size} samples first, got {found}; wrap it in a function")
-        kind = _kind(loss_fn)
-        if kind == "cross_entropy":
-            seeds = _of_cross_entropy(caller, loss_fn, out, target, reduction, generator)
-        elif kind is not None:
-            curvature = 1.0 if kind == "squared" else 2.0 / (out[0].numel() if reduction == "mean" else 1)
-            seeds = _of_squares(out.detach(), curvature, generator)
-        elif generator is None:
-            seeds = _of_any_loss(caller, loss_fn, out, target, reduction)
-        else:
-            raise ValueError(
-                f"ghostgrad.{caller}: labels can be drawn for 'cross_entropy', 'squared', F.cross_entropy and F.mse_loss (unweighted), got {loss_fn}; "
-                "num_samples=None is exact"
-            )
-        draws: list[dict[str, Tensor]] = []
-        for i, (cotangent, sign) in enumerate(seeds):
-            tap._pass.expect_backward()
-            norms = _backward(tap, (out * cotangent).sum(), False, retain_graph=True)
-            norms = {name: norm.detach().double() if sign is None else norm.detach() * sign for name, norm in norms.items()}
-            if generator is None and draws:
-                draws[0] = {name: draws[0][name] + norm for name, norm in norms.items()}
-            else:
-                draws.append(norms)
-            if i + 1 == num_samples:
-                break
-        if not draws:  # a loss that is linear in the outputs
-            draws = [{name: torch.zeros(len(out), dtype=torch.float64, device=out.device) for name, _ in tap._names.values()}]
-    return draws
-
-
-def _curvature(
-    caller: str, model: Any, loss_fn: Any, batch: tuple[Any, ...], reduction: str, num_samples: int | None, seed: int, params: Any, options: dict[str, Any]
-) -> CurvatureTrace:
-    if isinstance(loss_fn, str) and loss_fn not in ("cross_entropy", "squared"):
-        raise ValueError(f"ghostgrad.{caller}: loss_fn must be a function, 'cross_entropy' or 'squared', got {loss_fn!r}")
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"ghostgrad.{caller}: num_samples must be at least 1, or None for the exact trace, got {num_samples}")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"ghostgrad.{caller}: reduction must be 'mean' or 'sum', got {reduction!r}")
-    _check_reduction(caller, loss_fn, reduction)
-    if len(batch) == 1 and isinstance(model, nn.Module) and isinstance(batch[0], Iterable) and not isinstance(batch[0], Tensor):
-        batches = _loaded(caller, model, batch[0])
-    elif len(batch) < 2:
-        raise TypeError(f"ghostgrad.{caller}: give the model's inputs and then the target, {caller}(model, loss_fn, x, y), or a loader")
-    else:
-        batches = iter([batch])
-    pieces = [_norm_trace(caller, model, loss_fn, one, reduction, num_samples, seed + i, params, options) for i, one in enumerate(batches)]
-    draws = [{name: torch.cat([piece[d][name].cpu() for piece in pieces]) for name in pieces[0][0]} for d in range(len(pieces[0]))]  # {name: (B,)} each
-    reduce = torch.mean if reduction == "mean" else torch.sum
-    totals = torch.stack([reduce(torch.stack(list(draw.values())).sum(0)) for draw in draws])
-    mean, stderr = _mean_and_stderr(totals)
-    by_param = {name: float(torch.stack([reduce(draw[name]) for draw in draws]).mean()) for name in draws[0]}
-    by_sample = torch.stack([torch.stack(list(draw.values())).sum(0) for draw in draws]).mean(0)
-    return CurvatureTrace(float(mean), 0.0 if num_samples is None else float(stderr), by_param, by_sample)
-
-
-def ggn_trace(
-    model: Callable[..., Any],
-    loss_fn: Callable[..., Tensor] | str,
-    *batch: Any,
-    reduction: str = "mean",
-    num_samples: int | None = None,
-    seed: int = 0,
-    params: Any = None,
-    **options: Any,
-) -> CurvatureTrace:
-    """The trace of the generalised Gauss-Newton matrix, ``mean_i tr(J_i^T L_i J_i)`` with ``L_i = d^2 l / d f^2`` at sample i's outputs: exact, from norms.
-
-    With ``L_i = sum_k c_k c_k^T`` it is ``sum_k ||J_i^T c_k||^2``, norms of the gradients of ``c_k . f(x_i)``. For cross-entropy ``c_k = sqrt(p_k) (e_k - p)``,
-    for squared losses the outputs one by one; for another loss the eigenvectors of ``L_i``, with the sign of their eigenvalue. Equal to the Hessian's trace
-    where the residual is zero or the model linear in its parameters; kinks of the model do not enter. ``.grad`` is not touched.
-
-    Args:
-        model: a module, or any function with ``params`` given. Its output is (B, ...).
-        loss_fn: ``loss_fn(output, target)`` as for :func:`ghostgrad.sqnorms`, twice differentiable in the output; or "cross_entropy" (classes in the second
-            or the last dimension), or "squared", ``||f - y||^2 / 2`` for each sample.
-        batch: the model's inputs, samples first, then the target; or one loader of such batches.
-        reduction: "mean" or "sum", how the loss is reduced over the samples. ``by_sample`` has the single samples' traces in either case.
-        num_samples: instead of all seeds, this many with labels drawn from the model: ``e_y - p`` with ``y`` from ``p``, or normal residuals. Unbiased, one
-            backward pass each, for cross-entropy and squared losses.
-        seed: of the drawn labels.
-        params, options: as for :func:`ghostgrad.sqnorms`.
-
-    Returns:
-        A :class:`CurvatureTrace`; its ``stderr`` is 0 if exact, nan for one draw.
-
-    Raises:
-        the errors of :func:`ghostgrad.tap`; ValueError and TypeError for arguments that are not as above; UnsupportedUseError for a loss without known factors
-        on more than 1024 outputs.
-
-    Cost: one forward pass; one backward pass without weight gradients per output of a sample (classes times positions), or ``num_samples``.
-    """
-    return _curvature("ggn_trace", model, loss_fn, batch, reduction, num_samples, seed, params, options)
-
-
-def fisher_trace(
-    model: Callable[..., Any],
-    loss_fn: Callable[..., Tensor] | str,
-    *batch: Any,
-    reduction: str = "mean",
-    num_samples: int | None = 1,
-    seed: int = 0,
-    params: Any = None,
-    **options: Any,
-) -> CurvatureTrace:
-    """The trace of the Fisher information: ``mean_i E_y ||grad log p(y | f(x_i))||^2`` with labels ``y`` drawn from the model itself, one backward pass a draw.
-
-    For cross-entropy (softmax) and squared losses (normal residuals), where it equals the Gauss-Newton trace; ``num_samples=None`` gives that, exactly. Of the
-    target only the shape and ignored positions are used. With the data's labels instead it would be the "empirical Fisher", ``sqnorms(...).mean()``.
-
-    Arguments, results, errors: as for :func:`ggn_trace`; ``loss_fn`` must be "cross_entropy", "squared", or torch's cross-entropy or mean squared error.
-    """
-    if _kind(loss_fn) is None:
-        raise ValueError(
-            "ghostgrad.fisher_trace: loss_fn must be a likelihood, 'cross_entropy', 'squared', F.cross_entropy or F.mse_loss (unweighted), "
-            f"got {loss_fn}; ggn_trace takes any"
-        )
-    return _curvature("fisher_trace", model, loss_fn, batch, reduction, num_samples, seed, params, options)
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Eigenvalues
-
-
-def top_eigenvalue(
-    loss: Any,
-    /,
-    *args: Any,
-    params: Any = None,
-    k: int = 1,
-    which: str = "LA",
-    curvature: str = "hessian",
-    method: str = "hvp",
-    sigma: float | str = "auto",
-    tol: float = 1e-4,
-    max_products: int = 1000,
-    seed: int = 0,
-    reduction: str = "mean",
-    progress: bool = False,
-) -> Eigenvalues:
-    """The k largest eigenvalues of the Hessian or of the Gauss-Newton matrix, by scipy's implicitly restarted Lanczos method (ARPACK) over products.
-
-    >>> float(gg.top_eigenvalue(model, loss_fn, x, y))
-
-    Args:
-        loss, args, params, reduction, progress: as for :func:`hessian_trace`.
-        k: how many.
-        which: "LA" the largest, "LM" the largest in magnitude, "SA" the smallest.
-        curvature: "hessian", or "ggn" (needs a model and data, and a loss that is twice differentiable in the model's output).
-        method: "hvp", products by double backward; or "two_point_grad", ``(grad l(w + s v) - grad l(w - s v)) / (2 s)``, where operations have none
-            (Hessian only).
-        sigma: of "two_point_grad": ``s = sigma n^(1/4)`` for n elements and unit vectors v: eigenvectors lie between a single element, which sigma would
-            suit, and noise, for which it would be ``sigma n^(1/2)``. "auto": as for :func:`hessian_trace`.
-        tol: relative accuracy that the iteration asks for.
-        max_products: about how many products before it gives up.
-        seed: of the first vector.
-
-    Returns:
-        :class:`Eigenvalues`. Parameters, buffers, ``.grad`` and random number generators are left as they were.
-
-    Memory: ``max(2 k + 1, 20)`` vectors in float64 on the CPU. Cost: some 20 to 60 products for the largest eigenvalue.
-
-    Raises:
-        ValueError, TypeError: arguments are not as above.
-        UnsupportedUseError: an operation has no second derivative; use ``method="two_point_grad"``.
-        GhostgradError: no convergence within ``max_products``.
-        ImportError: scipy is not installed.
-    """
-    caller = "top_eigenvalue"
-    if which not in ("LA", "LM", "SA"):
-        raise ValueError(f"ghostgrad.{caller}: which must be 'LA', 'LM' or 'SA', got {which!r}")
-    if curvature not in ("hessian", "ggn"):
-        raise ValueError(f"ghostgrad.{caller}: curvature must be 'hessian' or 'ggn', got {curvature!r}")
-    if method not in ("hvp", "two_point_grad"):
-        raise ValueError(f"ghostgrad.{caller}: method must be 'hvp' or 'two_point_grad', got {method!r}")
-    if curvature == "ggn" and (method != "hvp" or not isinstance(loss, nn.Module)):
-        raise ValueError(f"ghostgrad.{caller}: curvature='ggn' needs method='hvp', a model and data, got method={method!r} and a {type(loss).__name__}")
-    if not (math.isfinite(tol) and tol >= 0):
-        raise ValueError(f"ghostgrad.{caller}: tol must be finite and not negative, got {tol}")
-    if max_products < 1:
-        raise ValueError(f"ghostgrad.{caller}: max_products must be positive, got {max_products}")
-    step = _sigma(caller, method, sigma)
-    numpy, linalg = importlib.import_module("numpy"), _extra("scipy.sparse.linalg", caller, "scipy")
-    with _Problem(caller, loss, args, params, reduction, seed, "normal", progress) as problem:
-        n = sum(p.numel() for p in problem.params)
-        if not 1 <= k <= n:
-            raise ValueError(f"ghostgrad.{caller}: k must be in [1, {n}], the number of elements of the parameters, got {k}")
-        if method == "two_point_grad" and step is None:
-            step = _scale(problem, method, None, 1).sigma
-        used = 0
-
-        def multiply(vector: Any) -> Any:
-            nonlocal used
-            used += 1
-            v = problem.unflat(torch.from_numpy(numpy.ascontiguousarray(vector, dtype=float).reshape(-1)))
-            if step is None:
-                (product,) = problem.multiply([v], problem.gauss_newton if curvature == "ggn" else None)
-            else:
-                product = _difference(problem, v, step * n**0.25)
-            flat = problem.flat(product).double().cpu()
-            if not flat.isfinite().all():
-                raise ValueError(f"ghostgrad.{caller}: the loss, or its second derivative, is not finite at the parameters")
-            return flat.numpy()
-
-        if n <= max(20, k + 1):
-            matrix = numpy.stack([multiply(row) for row in numpy.eye(n)])
-            values, vectors = numpy.linalg.eigh((matrix + matrix.T) / 2)
-        else:
-            kept = min(n, max(2 * k + 1, 20))
-            start = problem.flat(problem.noise(0)).double().cpu().numpy()
-            operator = linalg.LinearOperator((n, n), matvec=multiply, dtype=float)
-            try:
-                values, vectors = linalg.eigsh(operator, k, which=which, v0=start, ncv=kept, tol=tol, maxiter=max(1, max_products // (kept - k)))
-            except linalg.ArpackNoConvergence as error:
-                raise GhostgradError(
-                    f"ghostgrad.{caller}: no convergence to tol={tol:.1e} in {used} products, {len(error.eigenvalues)} of {k} eigenvalues found; "
-                    "raise max_products or tol"
-                ) from error
-        key = {"LA": -values, "LM": -abs(values), "SA": values}[which]
-        order = numpy.argsort(key)[:k]
-        values, vectors = values[order], vectors[:, order].T
-        residuals = [numpy.linalg.norm(multiply(v) - value * v) for value, v in zip(values, vectors)]
-        found, residual, basis = (torch.from_numpy(numpy.ascontiguousarray(a, dtype=float)) for a in (values, residuals, vectors))
-        return Eigenvalues(found, residual, basis, used)
-
-
-def _difference(problem: _Problem, vector: Sequence[Tensor], s: float) -> list[Tensor]:
-    """``H v`` by a difference of gradients, over all data."""
-    total: list[Tensor] = [torch.zeros_like(p, requires_grad=False) for p in problem.params]
-    count = 0
-    for size, closure in problem.batches():
-        weight = size if problem.reduction == "mean" else 1
-        sides = []
-        for sign in (1, -1):
-            problem.shift(vector, sign * s)
-            sides.append(problem.gradients(closure))
-        total = [t + weight * (plus - minus) / (2 * s) for t, plus, minus in zip(total, *sides)]
-        count += weight
-    problem.restore_parameters()
-    return [t / (count if problem.reduction == "mean" else 1) for t in total]

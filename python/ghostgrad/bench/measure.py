@@ -38,23 +38,26 @@ FEWEST = 3  # pairs that are measured however long they take
 Step = Callable[[], object]
 
 
-def _clock(step: Step, repeat: int = 1) -> float:
+def _clock(step: Step, repeat: int = 1, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds per call."""
-    start = time.perf_counter()
+    start = clock()
     for _ in range(repeat):
         step()
-    return (time.perf_counter() - start) / repeat
+    return (clock() - start) / repeat
 
 
-def interleave(plain: Step, steps: Mapping[str, Step], pairs: int, seconds: float = math.inf) -> dict[str, list[tuple[float, float]]]:
+def interleave(
+    plain: Step, steps: Mapping[str, Step], pairs: int, seconds: float = math.inf, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[tuple[float, float]]]:
     """``{name: [(plain, step), ...]}``: seconds of each step and of the plain one run just before it, in rounds over the steps, after one warm-up round.
 
     Stops early, after a full round, when the rounds have taken ``seconds`` for each step, but not before the third.
+    With ``time.process_time`` for a clock what else runs on the machine does not count: for one thread.
     """
     repeats = {}
     for name, step in {"": plain, **steps}.items():
-        once = _clock(step)  # warms up
-        once = once if once > 10 * SHORTEST else _clock(step)
+        once = _clock(step, clock=clock)  # warms up
+        once = once if once > 10 * SHORTEST else _clock(step, clock=clock)
         repeats[name] = max(1, math.ceil(SHORTEST / max(once, 1e-9)))
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     start = time.perf_counter()
@@ -62,8 +65,8 @@ def interleave(plain: Step, steps: Mapping[str, Step], pairs: int, seconds: floa
         if done >= FEWEST and time.perf_counter() - start > seconds * len(steps):
             break
         for name, step in steps.items():
-            before = _clock(plain, repeats[""])
-            times[name].append((before, _clock(step, repeats[name])))
+            before = _clock(plain, repeats[""], clock=clock)
+            times[name].append((before, _clock(step, repeats[name], clock=clock)))
     return times
 
 
