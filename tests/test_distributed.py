@@ -115,3 +115,41 @@ def test_tables_in_parts(style: ParallelStyle, tmp_path: Path) -> None:
     for rank in range(WORLD):
         for value, e in zip(torch.load(tmp_path / f"{rank}.pt"), expected):
             torch.testing.assert_close(value, e, rtol=1e-11, atol=1e-15)
+
+
+def _clipping_worker(rank: int, kind: str, memory: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    torch.manual_seed(1)
+    x, y = torch.randn(B, 6, dtype=torch.float64), torch.randn(B, 4, dtype=torch.float64)
+    mine = slice(None) if kind == "tensor parallel" else slice(rank * B // WORLD, (rank + 1) * B // WORLD)
+    model = KINDS[kind](_model())
+    for _ in range(2):
+        model.zero_grad()
+        with gg.tap(model) as tap:
+            gg.clipped_backward(F.mse_loss(model(x[mine]), y[mine], reduction="none").mean(1), tap, 0.4, memory=memory)
+    grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
+    torch.save((tap.sqnorms(), grads), Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    os._exit(0)
+
+
+@pytest.mark.parametrize("memory", [1 << 40, 0], ids=["book-keeping", "two passes"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_clipped_gradients_equal_one_process(kind: str, memory: int, tmp_path: Path) -> None:
+    """Each process clips its own samples; their gradients are averaged, as those of any backward pass."""
+    mp.spawn(_clipping_worker, (kind, memory, _free_port(), str(tmp_path)), nprocs=WORLD)
+    torch.manual_seed(1)
+    x, y = torch.randn(B, 6, dtype=torch.float64), torch.randn(B, 4, dtype=torch.float64)
+    model = _model()
+    with gg.tap(model) as tap:
+        factors = gg.clipped_backward(F.mse_loss(model(x), y, reduction="none").mean(1), tap, 0.4)
+    assert 0 < factors.min() < 1
+    for rank in range(WORLD):
+        norms, grads = torch.load(tmp_path / f"{rank}.pt")
+        mine = slice(None) if kind == "tensor parallel" else slice(rank * B // WORLD, (rank + 1) * B // WORLD)
+        torch.testing.assert_close(norms, tap.sqnorms()[mine], rtol=1e-11, atol=0)
+        for grad, p in zip(grads, model.parameters()):
+            assert p.grad is not None
+            torch.testing.assert_close(grad * (1 if kind == "tensor parallel" else WORLD), p.grad, rtol=1e-11, atol=1e-14)

@@ -30,7 +30,12 @@ def _squares(x: Tensor) -> Tensor:
 
 def _scale(b: Tensor, weights: Tensor) -> Tensor:
     """``weights_i b_i``, for ``b`` with the samples first."""
-    return b * weights.to(b.dtype).view(-1, *(1,) * (b.dim() - 1))
+    weights = weights.to(b.dtype).view(-1, *(1,) * (b.dim() - 1))
+    if hasattr(b, "device_mesh"):  # tensor parallel
+        from torch.distributed.tensor import DTensor, Replicate
+
+        weights = DTensor.from_local(weights, b.device_mesh, [Replicate()] * b.device_mesh.ndim)
+    return b * weights
 
 
 def _square_sum(g: Tensor) -> Tensor:
@@ -133,7 +138,7 @@ class Outer(Contribution):
         return replace(self, b=_scale(self.b, weights))
 
     def weighted_total(self, weights: Tensor) -> Tensor:
-        return ops.wgrad_sqnorm(self.a, self.b, weights)[0] if self._wgrad() == "fused" else self.scaled(weights)._product()
+        return ops.wgrad_sqnorm(self.a, self.b, weights)[0] if self.wgrad_from() == "fused" else self.scaled(weights)._product()
 
     def moments(self) -> tuple[Tensor, Tensor, Tensor]:
         if self.a.dim() != 3:
@@ -144,16 +149,19 @@ class Outer(Contribution):
             return total, Outer(self.a.to(dtype).square(), self.b.to(dtype).square())._product(), sqnorm
         return ops.wgrad_moments(self.a, self.b)
 
-    def _wgrad(self) -> str:
-        """What :func:`ghostgrad.ops.plan` says of the weight gradient."""
-        if self.a.dim() != 3:
+    def sharded(self) -> bool:
+        return hasattr(self.a, "device_mesh") or hasattr(self.b, "device_mesh")
+
+    def wgrad_from(self) -> str:
+        """What :func:`ghostgrad.ops.plan` says of the weight gradient: ``"matmul"``, ``"product"`` or ``"fused"``."""
+        if self.a.dim() != 3 or self.sharded():
             return "matmul"
         (B, T, p), d = self.a.shape, self.b.shape[2]
         return ops.plan(B, T, p, d, self.a.dtype, self.a.device, True).wgrad
 
     def _product(self) -> Tensor:
         """:meth:`total` by whichever product is faster."""
-        return self.total() if self._wgrad() == "matmul" else ops.wgrad_sqnorm(self.a.flatten(0, 1)[None], self.b.flatten(0, 1)[None])[0]
+        return self.total() if self.wgrad_from() == "matmul" else ops.wgrad_sqnorm(self.a.flatten(0, 1)[None], self.b.flatten(0, 1)[None])[0]
 
     def pieces(self, size: int) -> Iterator[Tensor]:
         rows = max(1, size // max(1, self.a.shape[-1] * self.a.shape[1:-2].numel()))

@@ -90,7 +90,7 @@ class _Ledger:
         """Of the pass that measures: norms, and sums as soon as they can be formed. A collector's :attr:`_Pass.consume`."""
         group, (first, view) = self.group[node.name], contributions[0]
         weights = self.coefficients.get(group)
-        if weights is not None and len(contributions) == 1 and view is None and isinstance(first, Outer) and _fuses(first):
+        if weights is not None and len(contributions) == 1 and view is None and isinstance(first, Outer) and first.wgrad_from() == "fused":
             self.totals[node.name], self.norms[node.name] = ops.wgrad_sqnorm(first.a, first.b, weights.to(first.a.device))
             return None, None
         if self.keep:
@@ -129,20 +129,11 @@ class _Ledger:
         return {"": torch.stack([self.group_sqnorm(group) for group in self.members]).sum(0)}
 
 
-def _plan(c: Outer, wgrad: bool) -> ops.Plan:
-    (*samples, T, p), d = c.a.shape, c.b.shape[-1]
-    return ops.plan(math.prod(samples), T, p, d, c.a.dtype, c.a.device, wgrad)
-
-
-def _fuses(c: Outer) -> bool:
-    """True if a product's norms and its sum, with weights that are known, come from one kernel."""
-    return c.a.dim() == 3 and _plan(c, True).wgrad == "fused"
-
-
 def _cheaper_formed(c: Outer) -> bool:
     """True if a product's per-sample gradients are better formed once, for norms and sum, than norms taken of its factors and the sum formed from these."""
-    plan = _plan(c, False)
-    return plan.formula != "row" and plan.flops > _FLOPS_PER_ELEMENT * math.prod(c.a.shape[:-2]) * c.a.shape[-1] * c.b.shape[-1]
+    (*samples, T, p), d = c.a.shape, c.b.shape[-1]
+    plan = ops.plan(math.prod(samples), T, p, d, c.a.dtype, c.a.device)
+    return not c.sharded() and plan.formula != "row" and plan.flops > _FLOPS_PER_ELEMENT * math.prod(samples) * p * d
 
 
 _FLOPS_PER_ELEMENT = 64.0  # what a float written and read twice costs, in operations of a matrix product
