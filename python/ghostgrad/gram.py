@@ -6,6 +6,7 @@ a piece's Gram matrix is added to the result in float64, and the piece is gone. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from .tap import _LeafNode, _materialise, _overlapping_groups, _Pending
 __all__ = ["gram"]
 
 _PIECE = 1 << 24  # bytes of a piece in float32
+_STRIP = 128  # columns
 
 
 def gram(
@@ -129,22 +131,26 @@ def _differentiate(tap: Any, scalar: Tensor, retain_graph: bool) -> None:
 def _kernel(node: _LeafNode, contributions: Sequence[_Pending], rows: int | None) -> Tensor:
     """Of one parameter: the Gram matrix of all samples, or of the first ``rows`` with the others."""
     B = node.leaf.shape[0]
-    columns = slice(None) if rows is None else slice(rows, None)
     kernel = torch.zeros(B if rows is None else rows, B if rows is None else B - rows, dtype=torch.float64, device=node.leaf.device)
+    # Of a symmetric matrix the lower triangle is enough, in columns wide enough for a matrix product.
+    strips = [(slice(0, rows), slice(rows, B))] if rows is not None else [(slice(i, B), slice(i, min(i + _STRIP, B))) for i in range(0, B, _STRIP)]
 
-    def product(g: Tensor) -> Tensor:
-        return (g[:rows] @ g[columns].mT).double()
+    def add(*factors: Tensor) -> None:
+        """The product, element by element, of the factors' Gram matrices."""
+        for left, right in strips:
+            part = math.prod((g[left] @ g[right].mT).double() for g in factors)
+            kernel[left, right if rows is None else slice(None)] += part
 
     for group in _overlapping_groups(contributions, node.attached):
         if len(group) > 1:
             node.admit(B * node.shape.numel() * node.dtype.itemsize)
         c = group[0][0] if len(group) == 1 else Full(_materialise(group))  # inner products do not see where a view's elements lie
         if isinstance(c, Outer) and c.a.dim() == 3 and c.a.shape[1] == 1:
-            kernel += product(c.a[:, 0]) * product(c.b[:, 0])
+            add(c.a[:, 0], c.b[:, 0])
             continue
         for piece in c.pieces(max(1, _PIECE // (4 * max(1, B)))):
-            kernel += product(piece)
-    return (kernel + kernel.mT) / 2 if rows is None else kernel
+            add(piece)
+    return kernel if rows is not None else kernel.tril() + kernel.tril(-1).mT
 
 
 def _size(name: str, x: Any) -> int:
