@@ -246,6 +246,26 @@ def test_what_comes_around_the_tap_is_refused(memory: int) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_what_comes_around_a_layer_that_the_loss_does_not_use_is_refused() -> None:
+    model, x, y = net()
+    with gg.tap(model) as tap:
+        model(x)
+        hidden = model[0](x)
+        with torch._C.DisableTorchFunction():
+            hidden = hidden[:, :3] + model[2].bias
+        with pytest.raises(gg.UnsupportedUseError, match="'2.bias' received a gradient that did not pass through the tap"):
+            gg.clipped_backward(sample_losses(hidden, y), tap, 1.0)
+
+
+def test_a_loss_of_the_batch_is_no_loss_of_each_sample() -> None:
+    model, x, y = net()
+    with gg.tap(model) as tap:
+        losses = sample_losses(model(x), y)
+        for mixed in (losses.mean().expand(5), losses - losses.mean(), losses.softmax(0), losses.cumsum(0)):
+            with pytest.raises(gg.GhostgradError):
+                gg.weighted_backward(mixed, tap, torch.ones(5))
+
+
 def test_no_weight_gradient_is_formed_before_the_weights_are_known() -> None:
     model, x, y = net()
     with gg.tap(model) as tap:

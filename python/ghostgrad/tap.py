@@ -317,6 +317,11 @@ class _Layer:
             )
         return x
 
+    @property
+    def collector(self) -> Any:
+        """Its node in autograd's graph."""
+        return None if self._nodes[0]._in_layer is None else self._nodes[0]._in_layer.grad_fn
+
     def alone(self) -> bool:
         """True if its parameters have no other uses."""
         return all(node._attached is None for node in self._nodes)

@@ -161,8 +161,8 @@ def _backward(tap: Tap, losses: Tensor, consume: Any, retain_graph: bool) -> Non
         # Nothing of these is asked for but the gradient at the output, so that the operation's own backward forms no weight gradient. Then no hook sees what
         # arrives at the parameter around the tap: the graph has to.
         users = leading_to_leaves([losses])
-        for key in of_layers:
-            if len(users.get(key, ())) > 1:
+        for key, layer in of_layers.items():
+            if any(user is not layer.collector for user in users.get(key, ())):
                 now.bypassed.add(tap._names[key][0])
     leaves = list({id(node.leaf): node.leaf for key, node in now.nodes.items() if key not in of_layers}.values())
     others = [p for key, (_, p) in tap._names.items() if key not in of_layers]
@@ -197,7 +197,7 @@ def weighted_backward(losses: Tensor, tap: Tap, weights: Weights, *, groups: Gro
         losses: (B,), one loss for each sample, computed inside the tap's block, which must still be open.
         tap: of :func:`ghostgrad.tap`. Its parameters' ``.grad`` is added to; that of others is left alone.
         weights: (B,) numbers; or a function of the squared norms (B,) that returns them. With ``groups``, a dict ``{group: (B,)}``, or a function from
-            ``{group: (B,) squared norms}`` to such a dict; it is called with one group at a time, or with several.
+            ``{group: (B,) squared norms}`` to such a dict; it is called with one group at a time.
         groups: None: one weight for a sample's whole gradient. "parameter" or "module" (the parameters of one module, a layer), or a function from a
             parameter's name to the name of its group: weights for each of these parts of the gradient.
         memory: bytes that the gradients at the outputs of the operations may take when they are kept (book-keeping). If they take more, two backward passes
