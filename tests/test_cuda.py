@@ -545,6 +545,59 @@ def test_autocast(name: str, device: str) -> None:
     assert relative_error(tap.sqnorms().cpu(), torch.stack(norms).cpu()) < 3e-2
 
 
+USES = ["mlp", "mlp on sequences", "conv", "group norm", "encoder layer, norm first"]
+
+
+def losses_of(out: Tensor, target: Tensor) -> Tensor:
+    """(B,); their mean is ``loss_fn``."""
+    return out.flatten(1).square().mean(1) + (out.flatten(1) * target[:, None]).sin().mean(1)
+
+
+@pytest.mark.parametrize("name", USES)
+def test_clipping_moments_and_kernels(name: str, device: str) -> None:
+    """As in float64 on the CPU, where the other tests compare them with loops."""
+    (model, inputs, target), (exact, exact_inputs, exact_target) = on_device(name, device, torch.float32), on_device(name, "cpu", torch.float64)
+    exact.load_state_dict(model.state_dict())  # rounded alike
+    exact_inputs, exact_target = tuple(t.cpu().double() if t.is_floating_point() else t.cpu() for t in inputs), target.cpu().double()
+    for memory in (1 << 40, 0):
+        for net, x, y in ((model, inputs, target), (exact, exact_inputs, exact_target)):
+            net.zero_grad()
+            with gg.tap(net) as tap:
+                gg.clipped_backward(losses_of(net(*x), y), tap, 0.5, memory=memory)
+        for p, q in zip(model.parameters(), exact.parameters()):
+            assert p.grad is not None and q.grad is not None
+            torch.testing.assert_close(p.grad.double().cpu(), q.grad, rtol=1e-4, atol=1e-5 * float(q.grad.abs().max()) + 1e-12)
+    squares, exact_squares = gg.second_moments(model, loss_fn, *inputs, target), gg.second_moments(exact, loss_fn, *exact_inputs, exact_target)
+    largest = max(float(square.max()) for square in exact_squares.values())
+    for key, square in squares.items():
+        torch.testing.assert_close(square.double().cpu(), exact_squares[key], rtol=1e-4, atol=1e-6 * largest)
+    kernel, exact_kernel = (
+        gg.gram(lambda *t, net=net: net(*t).flatten(1)[:, :2], x, params=list(net.parameters())) for net, x in ((model, inputs), (exact, exact_inputs))
+    )
+    torch.testing.assert_close(kernel.cpu(), exact_kernel, rtol=1e-4, atol=1e-5 * float(exact_kernel.abs().max()))
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_noise_stability_optimisation(base: type[torch.optim.Optimizer], device: str) -> None:
+    """Noise has an address, so that a device takes the steps of another one, to rounding."""
+    weights = []
+    for where in ("cpu", device):
+        torch.manual_seed(0)
+        model, x, y = nn.Sequential(nn.Linear(5, 40), nn.Tanh(), nn.Linear(40, 2)).to(where), torch.randn(16, 5).to(where), torch.randn(16, 2).to(where)
+        opt = gg.optim.NSO(model, base, lr=1e-2, sigma=0.05, num_perturbs=2, mix=0.25, seed=3)
+
+        def closure(model: nn.Module = model, x: Tensor = x, y: Tensor = y, opt: gg.optim.NSO = opt) -> Tensor:
+            opt.zero_grad()
+            loss = (model(x) - y).square().mean()
+            loss.backward()
+            return loss
+
+        for _ in range(5):
+            opt.step(closure)
+        weights.append(torch.cat([p.detach().cpu().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # What kernels count in 32 bits
 
