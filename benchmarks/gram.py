@@ -51,11 +51,9 @@ def by_output(model: nn.Module, x: Tensor, chunk: int = 32) -> Tensor:
     kernel = torch.zeros(len(x), len(x), dtype=torch.float64)
     for k in range(model(x[:1]).shape[1]):
         one = grad(lambda p, t, k=k: functional_call(model, p, (t[None],))[0, k])
-        parts = []
-        for some in x.split(chunk):
-            grads = vmap(one, (None, 0))(params, some)
-            parts.append(torch.cat([g.flatten(1) for g in grads.values()], 1))
-        g = torch.cat(parts)
+        g = torch.empty(len(x), sum(p.numel() for p in params.values()))
+        for rows, some in zip(g.split(chunk), x.split(chunk), strict=True):
+            torch.cat([grad.flatten(1) for grad in vmap(one, (None, 0))(params, some).values()], 1, out=rows)
         kernel += (g @ g.mT).double()
     return kernel
 
