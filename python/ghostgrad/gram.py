@@ -20,7 +20,7 @@ from .tap import _LeafNode, _materialise, _overlapping_groups, _Pending
 
 __all__ = ["gram"]
 
-_PIECE = 1 << 24  # bytes of a piece in float32
+_PIECE = 1 << 26  # bytes of a piece in float32
 _STRIP = 128  # columns
 
 
@@ -53,7 +53,7 @@ def gram(
     Returns:
         float64 (B, B2), or (K, B, B2) with ``per_output``; or a dict of them. For the kernel of the loss's gradients, put the loss into the model.
 
-    Products are formed in the dtype of the model and added in float64. Memory: a training step on the B + B2 samples, and 16 MiB of per-sample gradients.
+    Products are formed in the dtype of the model and added in float64. Memory: a training step on the B + B2 samples, and 64 MiB of per-sample gradients.
     Cost: for each output a backward pass, the B + B2 per-sample gradients, and ``2 B B2 P`` operations for P parameters.
 
     Raises:
