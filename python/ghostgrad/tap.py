@@ -1181,7 +1181,8 @@ class Tap(TorchFunctionMode):
             summed, squares, sqnorm = c.moments()
             parts.append((summed, squares, sqnorm) if view is None else (_pull_back(view, summed), _pull_back(view, squares), sqnorm))
         summed, squares, sqnorm = (functools.reduce(torch.add, column) for column in zip(*parts))
-        self._pass.squares[node.name] = squares
+        scale = c.batch_size**2 if self.reduction == "mean" else 1
+        self._pass.squares[node.name] = squares * scale if torch.is_grad_enabled() else squares.mul_(scale)  # while they are in the cache
         return summed.to(node.dtype) if node.want_grad else None, _like(sqnorm, node.leaf)
 
     def second_moments(self) -> dict[str, Tensor]:
@@ -1200,12 +1201,10 @@ class Tap(TorchFunctionMode):
             raise TapStateError("ghostgrad: second moments are not formed in compiled code; call the model uncompiled")
         if self._pass.norms is None:
             self.sqnorms()
-        scale = (self.batch_size or 0) ** 2 if self.reduction == "mean" else 1
-        dtypes = {name: (p, accumulation_dtype(p.dtype)) for name, p in self._names.values()}
         moments = {}
-        for name, (p, dtype) in dtypes.items():
-            squares = self._pass.squares.get(name)
-            moments[name] = torch.zeros_like(p, dtype=dtype, requires_grad=False) if squares is None else squares.to(dtype) * scale
+        for name, p in self._names.values():
+            squares, dtype = self._pass.squares.get(name), accumulation_dtype(p.dtype)
+            moments[name] = torch.zeros_like(p, dtype=dtype, requires_grad=False) if squares is None else squares.to(dtype)
         return moments
 
     def grad_sqnorm(self, by_param: bool = False) -> Any:
