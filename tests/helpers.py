@@ -14,9 +14,14 @@ from torch import Tensor, nn
 from models import Case
 
 
+def sample_losses(out: Tensor, target: Tensor) -> Tensor:
+    """(B,) smooth losses that hide nothing (no zero rows, no signs)."""
+    return out.flatten(1).square().mean(1) + (out.flatten(1) * target[:, None]).sin().mean(1)
+
+
 def loss_fn(out: Tensor, target: Tensor) -> Tensor:
-    """A smooth loss whose mean over the samples is the mean of single-sample losses; it hides nothing (no zero rows, no signs)."""
-    return (out.flatten(1).square().mean(1) + (out.flatten(1) * target[:, None]).sin().mean(1)).mean()
+    """Their mean."""
+    return sample_losses(out, target).mean()
 
 
 def loop_sqnorms(
@@ -39,6 +44,23 @@ def loop_sqnorms(
     return {name: torch.tensor(column, dtype=torch.float64) for name, column in zip(names, zip(*rows))}
 
 
+def loop_grads(model: nn.Module, inputs: tuple[Tensor, ...], target: Tensor) -> dict[str, Tensor]:
+    """``{name: (B, ...)}``: every sample's gradient in float64."""
+    model = copy.deepcopy(model).double()
+    cast = [t.double() if t.is_floating_point() else t for t in inputs]
+    names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
+    rows = []
+    for i in range(len(target)):
+        (loss,) = sample_losses(model(*(t[i : i + 1] for t in cast)), target[i : i + 1].double())
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        rows.append([torch.zeros_like(p) if g is None else g.to_dense() for g, p in zip(grads, parameters)])
+    return {name: torch.stack(column) for name, column in zip(names, zip(*rows))}
+
+
+def sqnorm(g: Tensor) -> Tensor:
+    return g.reshape(len(g), -1).square().sum(1)
+
+
 def relative_error(got: Tensor, exact: Tensor) -> float:
     return ((got.double() - exact).abs() / exact.clamp_min(1e-300)).max().item() if exact.numel() else 0.0
 
@@ -54,6 +76,12 @@ def build(case: Case, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, tu
                 p.add_(torch.randn_like(p) * 0.3)  # norm layers start at one and zero
     inputs = tuple(t.to(dtype) if t.is_floating_point() else t for t in inputs)
     return model.to(dtype), inputs, torch.randn(len(inputs[0])).to(dtype)
+
+
+def net() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 3)).double()
+    return model, torch.randn(5, 7, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
 
 
 needs_peak_memory = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to measure peak memory")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import ghostgrad as gg
 from ghostgrad import _C, ops, reference
 from ghostgrad.reference import accumulation_dtype
-from helpers import build, loop_sqnorms, loss_fn, relative_error
+from helpers import build, loop_sqnorms, loss_fn, relative_error, sample_losses
 from models import CASES
 
 GPU = torch.cuda.is_available() and _C.with_cuda
@@ -548,11 +548,6 @@ def test_autocast(name: str, device: str) -> None:
 USES = ["mlp", "mlp on sequences", "conv", "group norm", "encoder layer, norm first"]
 
 
-def losses_of(out: Tensor, target: Tensor) -> Tensor:
-    """(B,); their mean is ``loss_fn``."""
-    return out.flatten(1).square().mean(1) + (out.flatten(1) * target[:, None]).sin().mean(1)
-
-
 @pytest.mark.parametrize("name", USES)
 def test_clipping_moments_and_kernels(name: str, device: str) -> None:
     """As in float64 on the CPU, where the other tests compare them with loops."""
@@ -563,7 +558,7 @@ def test_clipping_moments_and_kernels(name: str, device: str) -> None:
         for net, x, y in ((model, inputs, target), (exact, exact_inputs, exact_target)):
             net.zero_grad()
             with gg.tap(net) as tap:
-                gg.clipped_backward(losses_of(net(*x), y), tap, 0.5, memory=memory)
+                gg.clipped_backward(sample_losses(net(*x), y), tap, 0.5, memory=memory)
         for p, q in zip(model.parameters(), exact.parameters()):
             assert p.grad is not None and q.grad is not None
             torch.testing.assert_close(p.grad.double().cpu(), q.grad, rtol=1e-4, atol=1e-5 * float(q.grad.abs().max()) + 1e-12)

@@ -46,17 +46,25 @@ def _tensor_parallel(model: nn.Module) -> nn.Module:
 KINDS = {"DistributedDataParallel": _data_parallel, "fully_shard": _fully_sharded, "tensor parallel": _tensor_parallel}
 
 
-def _worker(rank: int, kind: str, port: int, folder: str) -> None:
+def _samples(rank: int, kind: str) -> slice:
+    return slice(None) if kind == "tensor parallel" else slice(rank * B // WORLD, (rank + 1) * B // WORLD)
+
+
+def _join(rank: int, kind: str, port: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """Makes this process one of the group; the model, and its samples and targets."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     torch.manual_seed(1)
     x, y = torch.randn(B, 6, dtype=torch.float64), torch.randn(B, 4, dtype=torch.float64)
-    mine = slice(None) if kind == "tensor parallel" else slice(rank * B // WORLD, (rank + 1) * B // WORLD)
-    model = KINDS[kind](_model())
+    return KINDS[kind](_model()), x[_samples(rank, kind)], y[_samples(rank, kind)]
+
+
+def _worker(rank: int, kind: str, port: int, folder: str) -> None:
+    model, x, y = _join(rank, kind, port)
     for _ in range(2):  # the second step sees parameters that were gathered and dropped again
         with gg.tap(model, by_param=True, grad_sqnorm=True) as tap:
-            F.mse_loss(model(x[mine]), y[mine]).backward()
+            F.mse_loss(model(x), y).backward()
     torch.save((dict(tap.sqnorms(by_param=True)), tap.grad_sqnorm(by_param=True)), Path(folder) / f"{rank}.pt")
     dist.barrier()
     os._exit(0)  # the results are on disk; taking gloo's threads down sometimes aborts the process ("terminate called without an active exception")
@@ -76,7 +84,7 @@ def test_norms_equal_one_process(kind: str, tmp_path: Path) -> None:
     x, y = torch.randn(B, 6, dtype=torch.float64), torch.randn(B, 4, dtype=torch.float64)
     expected: dict[str, Tensor] = gg.sqnorms(_model(), F.mse_loss, x, y, by_param=True)
     for rank in range(WORLD):
-        mine = slice(None) if kind == "tensor parallel" else slice(rank * B // WORLD, (rank + 1) * B // WORLD)
+        mine = _samples(rank, kind)
         got, of_mean = torch.load(tmp_path / f"{rank}.pt")
         model = _model()
         F.mse_loss(model(x[mine]), y[mine]).backward()
@@ -118,17 +126,11 @@ def test_tables_in_parts(style: ParallelStyle, tmp_path: Path) -> None:
 
 
 def _clipping_worker(rank: int, kind: str, memory: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    torch.manual_seed(1)
-    x, y = torch.randn(B, 6, dtype=torch.float64), torch.randn(B, 4, dtype=torch.float64)
-    mine = slice(None) if kind == "tensor parallel" else slice(rank * B // WORLD, (rank + 1) * B // WORLD)
-    model = KINDS[kind](_model())
+    model, x, y = _join(rank, kind, port)
     for _ in range(2):
         model.zero_grad()
         with gg.tap(model) as tap:
-            gg.clipped_backward(F.mse_loss(model(x[mine]), y[mine], reduction="none").mean(1), tap, 0.4, memory=memory)
+            gg.clipped_backward(F.mse_loss(model(x), y, reduction="none").mean(1), tap, 0.4, memory=memory)
     grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
     torch.save((tap.sqnorms(), grads), Path(folder) / f"{rank}.pt")
     dist.barrier()
@@ -148,7 +150,7 @@ def test_clipped_gradients_equal_one_process(kind: str, memory: int, tmp_path: P
     assert 0 < factors.min() < 1
     for rank in range(WORLD):
         norms, grads = torch.load(tmp_path / f"{rank}.pt")
-        mine = slice(None) if kind == "tensor parallel" else slice(rank * B // WORLD, (rank + 1) * B // WORLD)
+        mine = _samples(rank, kind)
         torch.testing.assert_close(norms, tap.sqnorms()[mine], rtol=1e-11, atol=0)
         for grad, p in zip(grads, model.parameters()):
             assert p.grad is not None

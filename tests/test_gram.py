@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import ghostgrad as gg
-from helpers import build
+from helpers import build, net
 from models import CASES, Case, Lambda
-from test_weighted import net
 
 F64 = torch.float64
 

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ghostgrad as gg
-from helpers import build, loss_fn
+from helpers import build, loop_grads, loss_fn, net, sample_losses, sqnorm
 from models import CASES, Case
-from test_weighted import loop_grads, net, sqnorm
 
 F64 = torch.float64
 
@@ -66,8 +65,6 @@ def test_reductions_agree(reduction: str) -> None:
 def test_variance(reduction: str) -> None:
     model, x, y = net()
     grads = loop_grads(model, (x,), y)
-    from test_weighted import sample_losses
-
     loss = {"mean": loss_fn, "sum": lambda out, y: sample_losses(out, y).sum(), "none": sample_losses}[reduction]
     for name, variance in gg.gradient_variance(model, loss, x, y, reduction="sum" if reduction == "sum" else "mean").items():
         torch.testing.assert_close(variance, grads[name].var(0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -10,38 +9,16 @@ import torch
 from torch import Tensor, nn
 
 import ghostgrad as gg
-from helpers import build
+from helpers import build, loop_grads, net, sample_losses, sqnorm
 from models import CASES, Case
 
 F64 = torch.float64
-
-
-def sample_losses(out: Tensor, target: Tensor) -> Tensor:
-    """(B,); their mean is the loss of the other tests."""
-    return out.flatten(1).square().mean(1) + (out.flatten(1) * target[:, None]).sin().mean(1)
-
-
-def loop_grads(model: nn.Module, inputs: tuple[Tensor, ...], target: Tensor) -> dict[str, Tensor]:
-    """``{name: (B, ...)}``: every sample's gradient in float64."""
-    model = copy.deepcopy(model).double()
-    cast = [t.double() if t.is_floating_point() else t for t in inputs]
-    names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
-    rows = []
-    for i in range(len(target)):
-        (loss,) = sample_losses(model(*(t[i : i + 1] for t in cast)), target[i : i + 1].double())
-        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-        rows.append([torch.zeros_like(p) if g is None else g.to_dense() for g, p in zip(grads, parameters)])
-    return {name: torch.stack(column) for name, column in zip(names, zip(*rows))}
 
 
 def gradient_error(got: Tensor | None, exact: Tensor, scale: Tensor) -> float:
     """Of a sum, relative to the size of its terms."""
     got = torch.zeros_like(exact) if got is None else got.to_dense().double()
     return ((got - exact).norm() / scale.clamp_min(1e-300)).item()
-
-
-def sqnorm(g: Tensor) -> Tensor:
-    return g.reshape(len(g), -1).square().sum(1)
 
 
 def group_of(groups: Any, name: str) -> str:
@@ -80,12 +57,6 @@ def test_clipped_gradients_equal_the_loop(case: Case, groups: Any, memory: int) 
         assert gradient_error(model.get_parameter(name).grad, exact, scale) < 1e-10, name
     exact_norms = sum(map(sqnorm, grads.values()))
     torch.testing.assert_close(tap.sqnorms(), exact_norms, rtol=1e-9, atol=1e-300)
-
-
-def net() -> tuple[nn.Module, Tensor, Tensor]:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 3)).double()
-    return model, torch.randn(5, 7, dtype=F64), torch.randn(5, dtype=F64)
 
 
 def weighted_sums(grads: dict[str, Tensor], weights: Tensor) -> dict[str, Tensor]:

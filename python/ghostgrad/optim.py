@@ -1,16 +1,6 @@
 """Optimisers that step with gradients taken at other parameters: noise stability optimisation (:class:`NSO`), and sharpness-aware minimisation (:class:`SAM`).
 
-Both wrap any optimiser of PyTorch, which steps at the unperturbed parameters, and both take a closure, as ``torch.optim.LBFGS`` does:
-
->>> import torch, ghostgrad as gg
->>> model, x, y = torch.nn.Linear(3, 2), torch.randn(8, 3), torch.randint(2, (8,))
->>> opt = gg.optim.NSO(model, torch.optim.SGD, lr=0.1, momentum=0.9, sigma=0.01)
->>> def closure():
-...     opt.zero_grad()
-...     loss = torch.nn.functional.cross_entropy(model(x), y)
-...     loss.backward()
-...     return loss
->>> loss = opt.step(closure)
+Both wrap any optimiser of PyTorch, which steps at the unperturbed parameters, and both take a closure, as ``torch.optim.LBFGS`` does.
 """
 
 from __future__ import annotations

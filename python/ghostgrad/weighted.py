@@ -53,10 +53,10 @@ class _Ledger:
         self.totals: dict[str, Tensor] = {}
         if not callable(weights):
             given = {"": weights} if isinstance(weights, Tensor) else weights
-            self.coefficients = {group: self._checked(given[group] if group in given else self._missing(group, given), group) for group in self.members}
-
-    def _missing(self, group: str, given: Mapping[str, Any]) -> Any:
-        raise ValueError(f"{self.caller}: weights has no entry for the group {group!r}; it has {', '.join(map(repr, given)) or 'none'}")
+            for group in self.members:
+                if group not in given:
+                    raise ValueError(f"{caller}: weights has no entry for the group {group!r}; it has {', '.join(map(repr, given)) or 'none'}")
+                self.coefficients[group] = self._checked(given[group], group)
 
     def _checked(self, weights: Any, group: str) -> Tensor:
         size = self.tap.batch_size
