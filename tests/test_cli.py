@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
+import ghostgrad as gg
 from ghostgrad.cli import main
 from ghostgrad.papers import SETTINGS, suggest
 
@@ -74,7 +78,7 @@ def test_a_run_prints_its_claims_and_exits_by_them(tmp_path: Path, monkeypatch: 
     assert main(TINY) == 1  # 60 steps do not do it
     out = capsys.readouterr().out
     assert "tanh: exactly one unit stays active" in out
-    assert "FAILS" in out
+    assert "does not hold here" in out
     run = tmp_path / "runs" / "label-noise" / "one-point-0"
     for file in (
         "config.json",
@@ -111,3 +115,28 @@ def test_missing_extras_say_how_to_install_them(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setitem(sys.modules, "tyro", None)
     assert main(["run", "label-noise/relu-1d"]) == 2
     assert 'pip install "ghostgrad[papers]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_says_what_a_report_needs(name: str) -> None:
+    """A title, what each size changes, and calls of the library that exist and that its module makes."""
+    cls = SETTINGS[name]
+    assert cls.title
+    for size in ("small", "default", "paper"):
+        assert cls.sized(size).claims()
+    source = inspect.getsource(sys.modules[cls.__module__])
+    assert cls.ops
+    for op in cls.ops:
+        assert op.startswith("gg.")
+        assert callable(functools.reduce(getattr, op.split(".")[1:], gg)), op
+        assert op in source, f"{name} names {op} but does not call it"
+
+
+def test_size_changes_the_defaults_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """--size picks the defaults; an option that is given wins."""
+    monkeypatch.setattr(SETTINGS["label-noise/one-point"], "SMALL", {"steps": 40, "read_every": 10, "num_seeds": 2})
+    args = ["run", "label-noise/one-point", "--size", "small", "--num-seeds", "1", "--compile", "no", "--quiet", "--out", str(tmp_path / "r")]
+    assert main(args) == 1
+    fields = json.loads((tmp_path / "r" / "config.json").read_text())["fields"]
+    assert (fields["steps"], fields["read_every"], fields["num_seeds"]) == (40, 10, 1)
+    assert main(["run", "label-noise/one-point", "--size", "huge"]) == 2

@@ -25,6 +25,7 @@ from ghostgrad.papers.label_noise import CHUNK, MatrixSensing, OnePoint, draws
 from ghostgrad.training import (
     Claim,
     Clock,
+    ClosedForm,
     CompileError,
     GridRun,
     MeanClaim,
@@ -460,3 +461,46 @@ def test_the_last_row_counts_even_where_it_is_nan() -> None:
     frame = pd.DataFrame({"step": [0, 1], "arm": ["a", "a"], "seed": [0, 0], "loss": [1.0, float("nan")]})
     claim = Claim("", "a", "loss", "<=", 2.0)
     assert not claim.judge(claim.values(frame)).holds
+
+
+def test_a_claim_that_some_seeds_fail_holds_in_part() -> None:
+    verdict = Claim("", "", "", "<=", 1.0).judge({0: 0.5, 1: 2.0, 2: 1.0})
+    assert (verdict.word, verdict.reason, verdict.holds) == ("holds in part", "for 2 of 3 seeds", False)
+    assert Claim("", "", "", "<=", 1.0).judge({0: 2.0, 1: 2.0}).word == "does not hold here"
+    assert MeanClaim("", "", "", "<=", 1.0).judge({0: 0.0, 1: 1.9}).word == "holds in part"
+    assert MeanClaim("", "", "", "<=", 1.0).judge({0: 0.0, 1: 2.1}).word == "does not hold here"
+    assert MeanClaim("", "", "", "<=", 1.0).judge({0: 0.0}).word == "does not hold here", "one seed has no interval"
+
+
+@pytest.mark.parametrize(
+    ("by_seed", "slack", "word"),
+    [
+        ({0: 0.99, 1: 1.02, 2: 1.0, 3: 0.98}, 1e-9, "holds"),
+        ({0: 1.21, 1: 1.2, 2: 1.19, 3: 1.2}, 1e-9, "does not hold here"),
+        ({0: 1.21, 1: 1.2, 2: 1.19, 3: 1.2}, 0.25, "holds"),  # what the formula leaves out
+        ({0: 0.5, 1: 2.0, 2: 1.0, 3: 0.7}, 1e-9, "not testable at this size"),  # 1 is in the interval because it is wide
+        ({0: 1.0, 1: 1.0}, 1e-9, "not testable at this size"),
+        ({0: 1.0, 1: float("nan"), 2: 1.0}, 1e-9, "does not hold here"),
+    ],
+)
+def test_a_closed_form_holds_within_its_monte_carlo_interval(by_seed: dict[int, float], slack: float, word: str) -> None:
+    verdict = ClosedForm("", "", "", slack=slack).judge(by_seed)
+    assert verdict.word == word
+    assert (verdict.holds is None) == (word == "not testable at this size") == bool(verdict.reason)
+
+
+def test_closed_forms_cover_at_their_level() -> None:
+    """Of 2000 means of five draws with mean 1, 99 % have it in their interval: 1 % fail, within four standard errors."""
+    draws = np.random.default_rng(0).normal(1.0, 0.01, (2000, 5))
+    failed = np.mean([ClosedForm("", "", "").judge(dict(enumerate(row.tolist()))).holds is False for row in draws])
+    assert abs(failed - 0.01) < 4 * (0.01 * 0.99 / 2000) ** 0.5
+
+
+def test_a_closed_form_divides_by_the_formula_of_the_same_seed() -> None:
+    frame = pd.DataFrame({"arm": ["a"] * 4, "seed": [0, 1, 0, 1], "risk": [9.0, 9.0, 2.0, 3.0], "theory": [1.0, 1.0, 4.0, 2.0]})
+    assert ClosedForm("", "a", "risk", against="theory").values(frame) == {0: 0.5, 1: 1.5}, "of the last rows"
+
+
+def test_a_claim_that_needs_more_is_not_judged() -> None:
+    verdict = Claim("", "an arm that is not there", "", "<=", 1.0, needs="a larger machine").verdict(pd.DataFrame({"arm": [], "seed": []}))
+    assert (verdict.word, verdict.reason, str(verdict)) == ("not testable at this size", "needs a larger machine", "not measured")

@@ -8,16 +8,17 @@ A subcommand is a function of the words after it, entered in ``COMMANDS``; its f
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 if TYPE_CHECKING:
-    from .training import Setting
+    from .training import Setting, Size
 
 __all__ = ["main"]
 
@@ -30,6 +31,8 @@ DEFAULT_OUT = Path("runs/NAME-SEED")
 class RunOptions:
     """Where and how to run."""
 
+    size: Literal["default", "small", "paper"] = "default"
+    """Defaults of the options above: small for a run of a minute, paper for the paper's own size or the largest that a CPU can do."""
     out: Path = DEFAULT_OUT
     """Directory of the run."""
     resume: bool = False
@@ -72,7 +75,7 @@ def run(args: Sequence[str]) -> int:
         return parsed
 
     try:
-        setting, options = parse(cls(), RunOptions())
+        setting, options = parse(cls.sized(_size(rest)), RunOptions())
         out = Path(f"runs/{name}-{setting.seed}") if options.out == DEFAULT_OUT else options.out
         if options.resume:  # what is not given is taken from the run; what is given must agree with it
             stored = RunDirectory(out).read_config()
@@ -169,6 +172,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
+
+
+def _size(args: Sequence[str]) -> Size:
+    """What ``--size`` says, ahead of the other options, whose defaults it changes; what is no size is left to be refused with them."""
+    from .training import Size
+
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--size", choices=get_args(Size), default="default")
+    try:
+        size: Size = parser.parse_known_args(args)[0].size
+    except argparse.ArgumentError:
+        return "default"
+    return size
 
 
 def _names() -> str:

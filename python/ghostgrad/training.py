@@ -45,7 +45,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
@@ -57,10 +57,12 @@ import ghostgrad as gg
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+    from typing_extensions import Self
 
 __all__ = [
     "Claim",
     "Clock",
+    "ClosedForm",
     "CompileError",
     "GridRun",
     "MeanClaim",
@@ -71,6 +73,7 @@ __all__ = [
     "RunDirectory",
     "RunDirectoryError",
     "Setting",
+    "Size",
     "Trainee",
     "TrainingRun",
     "Verdict",
@@ -85,13 +88,21 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement about the last row of an arm: ``column relation bound``, for every seed."""
+    """A statement about the last row of an arm: ``column relation bound``, for every seed.
+
+    It holds if it does for every seed, and in part if for some. With ``needs`` it is not judged: it cannot be tested at this size, and that is what it takes.
+    """
 
     text: str
     arm: str
     column: str
     relation: Literal["<=", ">=", "=="]
     bound: float
+    formula: str = dataclasses.field(default="", kw_only=True)
+    """What is claimed, as a formula in plain text."""
+    remark: str = dataclasses.field(default="", kw_only=True)
+    """What is known of a failure, or of where the setting departs from the paper."""
+    needs: str = dataclasses.field(default="", kw_only=True)
 
     @property
     def quantity(self) -> str:
@@ -107,12 +118,18 @@ class Claim:
         """What is judged, by seed."""
         return _last(metrics, self.arm, self.column)
 
+    def verdict(self, metrics: pd.DataFrame) -> Verdict:
+        """What the metrics say to the claim."""
+        return Verdict(self, math.nan, None, {}, reason=f"needs {self.needs}") if self.needs else self.judge(self.values(metrics))
+
     def judge(self, by_seed: dict[int, float]) -> Verdict:
         """The worst seed decides; NaN never holds."""
         holds = {"<=": lambda v: v <= self.bound, ">=": lambda v: v >= self.bound, "==": lambda v: v == self.bound}[self.relation]
         badness = {"<=": lambda v: v, ">=": lambda v: -v, "==": lambda v: abs(v - self.bound)}[self.relation]
         worst = max(by_seed.values(), key=lambda v: math.inf if math.isnan(v) else badness(v))
-        return Verdict(self, worst, holds(worst), by_seed)
+        holding = sum(map(holds, by_seed.values()))
+        part = 0 < holding < len(by_seed)
+        return Verdict(self, worst, holds(worst), by_seed, part=part, reason=f"for {holding} of {len(by_seed)} seeds" if part else "")
 
 
 @dataclass(frozen=True)
@@ -120,7 +137,8 @@ class MeanClaim(Claim):
     """A statement about the mean over seeds, of an arm's last rows or, with ``versus``, of their differences to another arm's: its interval decides.
 
     ``mean_s (column of arm - column of versus)``, both from seed s, whose draws they share, so that what the seed alone does cancels. The statement holds if
-    the whole 95 % interval of Student's t does: its upper end for ``<=``, its lower end for ``>=``. One seed has no interval, and so nothing holds.
+    the whole 95 % interval of Student's t does: its upper end for ``<=``, its lower end for ``>=``; in part, if the mean alone does. One seed has no interval,
+    and so nothing holds.
     """
 
     versus: str = ""
@@ -147,13 +165,59 @@ class MeanClaim(Claim):
         return {seed: value - theirs[seed] for seed, value in ours.items()}
 
     def judge(self, by_seed: dict[int, float]) -> Verdict:
-        from scipy.stats import t
+        mean, half = mean_interval(by_seed, 0.95)
+        holds, mean_holds = (
+            (m <= self.bound) if self.relation == "<=" else (m >= self.bound) for m in (mean + half if self.relation == "<=" else mean - half, mean)
+        )
+        part = mean_holds and not holds and not math.isnan(half)
+        return Verdict(self, mean, holds, by_seed, (mean - half, mean + half), part, "in the mean, but its interval goes beyond" if part else "")
 
-        values = np.array(list(by_seed.values()))
-        n, mean = len(values), float(values.mean())
-        half = float(t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
-        interval = (mean - half, mean + half)
-        return Verdict(self, mean, interval[1] <= self.bound if self.relation == "<=" else interval[0] >= self.bound, by_seed, interval)
+
+@dataclass(frozen=True)
+class ClosedForm(Claim):
+    """A formula against its run: the mean over seeds of ``column / against`` is 1 within its Monte-Carlo interval.
+
+    ``against`` is the column with the formula's value. The 99 % interval of Student's t, widened by ``slack`` to both sides, must contain 1. An interval that
+    contains it because it is wide shows nothing: where its half-width is above ``precision``, or there are fewer than three seeds, the claim is not testable.
+
+    ``slack`` is for what the formula leaves out (a limit taken, an order dropped), and is as large as the setting says beforehand that this is.
+    """
+
+    relation: Literal["<=", ">=", "=="] = "=="
+    bound: float = 1.0
+    against: str = "predicted"
+    precision: float = 0.1
+    slack: float = 1e-9  # rounding
+
+    @property
+    def quantity(self) -> str:
+        return f"mean of {self.column} / {self.against}"
+
+    @property
+    def criterion(self) -> str:
+        slack = f", widened by {self.slack:g}" if self.slack > 1e-6 else ""
+        return f"99 % interval{slack}, contains 1 and is at most +-{self.precision:g} wide"
+
+    def values(self, metrics: pd.DataFrame) -> dict[int, float]:
+        ours, formula = (_last(metrics, self.arm, column) for column in (self.column, self.against))
+        return {seed: value / formula[seed] for seed, value in ours.items()}
+
+    def judge(self, by_seed: dict[int, float]) -> Verdict:
+        mean, half = mean_interval(by_seed, 0.99) if len(by_seed) >= 3 else (float(np.mean(list(by_seed.values()))), math.inf)
+        holds: bool | None = abs(mean - 1) <= half + self.slack
+        reason = ""
+        if holds and half > self.precision:
+            holds, reason = None, f"the interval's half-width, {half:.2g}, is above {self.precision:g}: it needs more seeds"
+        return Verdict(self, mean, holds, by_seed, (mean - half, mean + half), reason=reason)
+
+
+def mean_interval(by_seed: dict[int, float], level: float) -> tuple[float, float]:
+    """The mean over seeds and the half-width of its interval of Student's t (NaN for one seed)."""
+    from scipy.stats import t
+
+    values = np.array(list(by_seed.values()))
+    n = len(values)
+    return float(values.mean()), float(t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
 
 
 def _last(metrics: pd.DataFrame, arm: str, column: str) -> dict[int, float]:
@@ -166,15 +230,26 @@ def _last(metrics: pd.DataFrame, arm: str, column: str) -> dict[int, float]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a claim: ``measured`` is its worst seed's value, or the mean over seeds where the claim is about that, with its 95 % interval."""
+    """What became of a claim: ``measured`` is its worst seed's value, or the mean over seeds where the claim is about that, with its interval."""
 
     claim: Claim
     measured: float
-    holds: bool
+    holds: bool | None  # None: not testable at this size
     by_seed: dict[int, float]
     interval: tuple[float, float] | None = None
+    part: bool = False
+    reason: str = ""  # why it is not testable, or which part holds
+
+    WORDS: ClassVar = ("holds", "holds in part", "does not hold here", "not testable at this size")
+
+    @property
+    def word(self) -> str:
+        """One of ``WORDS``."""
+        return self.WORDS[3 if self.holds is None else 0 if self.holds else 1 if self.part else 2]
 
     def __str__(self) -> str:
+        if not self.by_seed:
+            return "not measured"
         interval = "" if self.interval is None else " in [{:.6g}, {:.6g}]".format(*self.interval)
         return f"{self.claim.quantity} = {self.measured:.6g}{interval}"
 
@@ -182,14 +257,22 @@ class Verdict:
 # ---------------------------------------------------------------------------------------------------------------------------------------- settings
 
 
+Size = Literal["default", "small", "paper"]
+
+
 @dataclass(frozen=True)
 class Setting(ABC):
     """An experiment of a paper: its parameters, as fields; what is claimed of it; how it is run; the picture of its outcome."""
 
     name: ClassVar[str]
-    paper: ClassVar[str]
+    title: ClassVar[str]  # of the paper
+    paper: ClassVar[str]  # its authors, venue and year
     summary: ClassVar[str]
-    duration: ClassVar[str]
+    duration: ClassVar[str]  # of the defaults
+    ops: ClassVar[tuple[str, ...]]  # the library's calls that measure, or train: "gg.output_sqnorms"
+    SMALL: ClassVar[dict[str, Any]]  # fields of a run of a minute or less on one core
+    PAPER: ClassVar[dict[str, Any]]  # fields of the paper's own size, or of the largest that a CPU can do
+    needs: ClassVar[str] = ""  # what the paper's own size takes, where PAPER is not that
     compilable: ClassVar[bool] = False  # whether ``start`` heeds ``compiled``
 
     seed: int = 0
@@ -206,6 +289,17 @@ class Setting(ABC):
     def rules(self) -> list[tuple[str, bool, str]]:
         """Of the setting's own fields: (field, whether its rule is kept, the rule in words)."""
         return []
+
+    @classmethod
+    def sized(cls, size: Size) -> Self:
+        """With the fields of a size."""
+        if size not in get_args(Size):
+            raise ValueError(f"{cls.name}: size must be one of {', '.join(get_args(Size))}, got {size!r}")
+        return cls(**{"default": {}, "small": cls.SMALL, "paper": cls.PAPER}[size])
+
+    def data_used(self) -> str:
+        """Where the data come from."""
+        return "synthetic, drawn from the seed"
 
     @property
     def seeds(self) -> range:
@@ -726,7 +820,7 @@ def train(
             timings.close()
 
     frame = pd.read_csv(directory.path / "metrics.csv")
-    outcome = Outcome(setting, run, frame, [claim.judge(claim.values(frame)) for claim in setting.claims()], seconds, norm_seconds)
+    outcome = Outcome(setting, run, frame, [claim.verdict(frame) for claim in setting.claims()], seconds, norm_seconds)
     directory.write("summary.json", json.dumps(_summary(outcome, config), indent=2) + "\n")
     directory.save_figure(setting.name.replace("/", "-"), setting.figure(outcome))
     return outcome
@@ -745,12 +839,13 @@ class Outcome:
 
     @property
     def holds(self) -> bool:
-        return all(v.holds for v in self.verdicts)
+        """No claim fails."""
+        return all(v.holds is not False for v in self.verdicts)
 
     def table(self) -> str:
         """Each claim, the value measured, the bound, and whether it holds; then what it cost."""
         rows = [("claim", "measured (worst seed)", "bound", "")]
-        rows += [(v.claim.text, str(v), v.claim.criterion, "holds" if v.holds else "FAILS") for v in self.verdicts]
+        rows += [(v.claim.text, str(v), v.claim.criterion, v.word + (f" ({v.reason})" if v.reason else "")) for v in self.verdicts]
         widths = [max(len(row[k]) for row in rows) for k in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([*lines, "", f"{self.seconds:.0f} s, {self.norm_seconds / self.seconds:.1%} of them for the norms"])
@@ -758,11 +853,21 @@ class Outcome:
 
 def _summary(outcome: Outcome, config: dict[str, Any]) -> dict[str, Any]:
     def told(v: Verdict) -> dict[str, Any]:
-        interval = {} if v.interval is None else {"interval": list(v.interval)}
-        return {**dataclasses.asdict(v.claim), "measured": v.measured, **interval, "holds": v.holds, "by_seed": {str(s): m for s, m in v.by_seed.items()}}
+        return {
+            **dataclasses.asdict(v.claim),
+            "quantity": v.claim.quantity,
+            "criterion": v.claim.criterion,
+            "measured": v.measured,
+            "interval": None if v.interval is None else list(v.interval),
+            "holds": v.holds,
+            "verdict": v.word,
+            "reason": v.reason,
+            "by_seed": {str(s): m for s, m in v.by_seed.items()},
+        }
 
     return {
         **config,
+        "data": outcome.setting.data_used(),
         "holds": outcome.holds,
         "claims": [told(v) for v in outcome.verdicts],
         **outcome.run.summary(),

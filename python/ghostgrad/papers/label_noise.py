@@ -61,7 +61,7 @@ __all__ = [
     "unit_cost",
 ]
 
-PAPER = "Blanc, Gupta, Valiant, Valiant (COLT 2020)"
+AUTHORS = "Blanc, Gupta, Valiant, Valiant (COLT 2020)"
 NOISY, CLEAN = "#0b6e99", "#d1603d"  # one colour per arm, in every figure
 DTYPE = torch.float64  # the drift per step is some 1e-6 of a parameter, which float32 would round to a handful of values
 CHUNK = 16  # steps per compiled call: long enough to hide the call (20 us), short enough to compile in seconds
@@ -114,6 +114,8 @@ class LabelNoise(Setting):
     interpolating ones, and only for those is the floor a floor: with the noise on, ``reg`` does fall a few percent below it.
     """
 
+    title: ClassVar[str] = "Implicit regularization for deep neural networks driven by an Ornstein-Uhlenbeck like process"
+    ops: ClassVar[tuple[str, ...]] = ("gg.output_sqnorms",)
     compilable: ClassVar[bool] = True
 
     steps: int = 100_000
@@ -345,9 +347,11 @@ class OnePoint(LabelNoise):
     """One data point, one hidden layer: how label noise shares the work among the units."""
 
     name: ClassVar[str] = "label-noise/one-point"
-    paper: ClassVar[str] = PAPER
+    paper: ClassVar[str] = AUTHORS
     summary: ClassVar[str] = "one data point: label noise leaves a single active tanh unit, or logistic units of at most two kinds"
     duration: ClassVar[str] = "under 1 minute"
+    SMALL: ClassVar[dict[str, Any]] = {}
+    PAPER: ClassVar[dict[str, Any]] = {}
 
     steps: int = 1_000_000
     read_every: int = 10_000
@@ -530,9 +534,11 @@ class ReLU1D(LabelNoise):
     """A wide ReLU network through a dozen points of the plane: label noise takes out every bend that the points do not ask for."""
 
     name: ClassVar[str] = "label-noise/relu-1d"
-    paper: ClassVar[str] = PAPER
+    paper: ClassVar[str] = AUTHORS
     summary: ClassVar[str] = "a ReLU network through 12 points: label noise removes every bend that the data do not ask for"
     duration: ClassVar[str] = "about 1 minute"
+    SMALL: ClassVar[dict[str, Any]] = {}
+    PAPER: ClassVar[dict[str, Any]] = {"num_seeds": 10}
 
     steps: int = 3_000_000
     read_every: int = 20_000
@@ -623,9 +629,12 @@ class MatrixSensing(LabelNoise):
     """Recovering a matrix of low rank from fewer measurements than pin it: label noise minimises the nuclear norm."""
 
     name: ClassVar[str] = "label-noise/matrix-sensing"
-    paper: ClassVar[str] = PAPER
+    paper: ClassVar[str] = AUTHORS
     summary: ClassVar[str] = "matrix sensing: label noise finds the low-rank matrix that plain SGD misses"
     duration: ClassVar[str] = "under 1 minute"
+    SMALL: ClassVar[dict[str, Any]] = {}
+    PAPER: ClassVar[dict[str, Any]] = {}
+    needs: ClassVar[str] = "d = 100, r = 5 and n = 2500 measurements: hours of a GPU"
 
     steps: int = 200_000
     read_every: int = 4_000

@@ -33,14 +33,14 @@ from torch.optim.swa_utils import update_bn
 import ghostgrad as gg
 
 from ..training import Claim, Clock, MeanClaim, Outcome, Setting, Trainee, TrainingRun, batches
-from .images import ImageDataError, Images, load_images
+from .images import ImageDataError, Images, data_used, load_images
+from .noise_stability import AUTHORS, TITLE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["METHODS", "NoiseDigits", "mlp", "resnet"]
 
-PAPER = "Zhang, Li, Ju (TMLR 2024)"
 METHODS = {"SGD": 1, "one-point": 1, "two-point": 2, "SAM": 2}  # gradients per step
 COLOURS = {"SGD": "#d1603d", "one-point": "#4f9d69", "two-point": "#0b6e99", "SAM": "#7a7a7a"}
 PAPER_TRACE, PAPER_EIGENVALUE = -0.158, -0.097  # what the paper reports, relative to SGD
@@ -130,9 +130,14 @@ class NoiseDigits(Setting):
     Gauss-Newton matrix, and its largest eigenvalue, in evaluation mode, with batch statistics taken anew over all training images."""
 
     name: ClassVar[str] = "noise-stability/digits"
-    paper: ClassVar[str] = PAPER
+    title: ClassVar[str] = TITLE
+    paper: ClassVar[str] = AUTHORS
     summary: ClassVar[str] = "handwritten digits: training with weight noise finds flatter minima than SGD at equal cost"
     duration: ClassVar[str] = "8 minutes"
+    ops: ClassVar[tuple[str, ...]] = ("gg.optim.NSO", "gg.optim.SAM", "gg.hessian_trace", "gg.ggn_trace", "gg.top_eigenvalue")
+    SMALL: ClassVar[dict[str, Any]] = {"network": "MLP"}
+    PAPER: ClassVar[dict[str, Any]] = {}
+    needs: ClassVar[str] = "a ResNet-34 pretrained on ImageNet and six image sets: days of a GPU"
 
     num_seeds: int = 5
     """How many seeds; each is another split of the images, start and order of batches."""
@@ -181,6 +186,9 @@ class NoiseDigits(Setting):
             ("test_share", 0 < self.test_share < 1, "between 0 and 1"),
             ("image_size", self.image_size is None or self.image_size >= 1, "at least 1"),
         ]
+
+    def data_used(self) -> str:
+        return data_used(self.data)
 
     @property
     def networks(self) -> list[str]:

@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy
 import ghostgrad as gg
 
 from ..training import Claim, Clock, GridRun, MeanClaim, Outcome, Setting, Trainee, TrainingRun, batches, reading_steps
+from .images import data_used
 from .label_noise import statistical_dimension
 from .tour import digits
 
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["MatrixSensing", "Quantisation", "label_variance", "rounded"]
+
+AUTHORS = "Zhang, Li, Ju (TMLR 2024)"
+TITLE = "Noise Stability Optimization for Finding Flat Minima: A Hessian-based Regularization Approach"
 
 DTYPE = torch.float64  # a rise of the loss by 1e-5, and a distance of 1 % left of 700, are differences of nearly equal numbers
 
@@ -94,9 +98,14 @@ class MatrixSensing(Setting):
     """
 
     name: ClassVar[str] = "noise-stability/matrix-sensing"
-    paper: ClassVar[str] = "Zhang, Li, Ju (TMLR 2024)"
+    title: ClassVar[str] = TITLE
+    paper: ClassVar[str] = AUTHORS
     summary: ClassVar[str] = "matrix sensing: noise in the parameters finds the low-rank matrix that gradient descent and SGD miss"
     duration: ClassVar[str] = "5 to 10 minutes"
+    ops: ClassVar[tuple[str, ...]] = ("gg.optim.NSO", "gg.output_sqnorms", "gg.hessian_trace")
+    SMALL: ClassVar[dict[str, Any]] = {"dim": 20, "num_measurements": 80}
+    PAPER: ClassVar[dict[str, Any]] = {}
+    needs: ClassVar[str] = "d = 100, r = 5 and n = 2500 measurements: hours of a GPU"
 
     ARMS: ClassVar[tuple[str, ...]] = ("GD", "SGD", "label noise", "one point", "two points")
 
@@ -275,9 +284,14 @@ class Quantisation(Setting):
     """
 
     name: ClassVar[str] = "noise-stability/quantisation"
-    paper: ClassVar[str] = "after Shvetsov et al. (QuantNAS, 2022)"
+    title: ClassVar[str] = "QuantNAS for super resolution: searching for efficient quantization-friendly architectures against quantization noise"
+    paper: ClassVar[str] = "after Shvetsov et al. (2022)"
     summary: ClassVar[str] = "rounded weights: the loss rises by D^2/24 tr H, and training with noise makes that less"
     duration: ClassVar[str] = "about 2 minutes"
+    ops: ClassVar[tuple[str, ...]] = ("gg.optim.NSO", "gg.hessian_trace", "gg.perturbed")
+    SMALL: ClassVar[dict[str, Any]] = {"num_seeds": 3, "draws": 100}
+    PAPER: ClassVar[dict[str, Any]] = {}
+    needs: ClassVar[str] = "searched super-resolution networks: a GPU for days. The setting keeps the noise model alone"
 
     BITS: ClassVar[tuple[int, ...]] = (8, 6, 4, 3, 2)
 
@@ -311,6 +325,9 @@ class Quantisation(Setting):
             ("probes", self.probes >= 2, "at least 2"),
             ("draws", self.draws >= 2, "at least 2"),
         ]
+
+    def data_used(self) -> str:
+        return data_used("digits")
 
     def network(self, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
