@@ -13,7 +13,7 @@ import ghostgrad
 PACKAGE = Path(ghostgrad.__file__).parent
 ORDER = (
     "errors _C reference samplewise layout ops noise perturb optim contributions rules layers recurrent distributed tap compiled norms gram weighted"
-    " inputs costs trace gauss_newton eigenvalues statistics scores bench training private papers cli"
+    " inputs costs trace gauss_newton eigenvalues statistics scores bench training private papers report cli"
 ).split()
 
 

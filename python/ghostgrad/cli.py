@@ -1,7 +1,7 @@
-"""The command line: ``ghostgrad list``, ``ghostgrad run NAME``, ``ghostgrad tour``, ``ghostgrad bench``.
+"""The command line: ``ghostgrad list``, ``ghostgrad run NAME``, ``ghostgrad report``, ``ghostgrad tour``, ``ghostgrad bench``.
 
-Exit codes: 0 all claims hold, 1 a claim fails, training diverges or a problem of the benchmark has no numbers, 2 the command was not understood or its
-directory cannot be used, 130 interrupted.
+Exit codes: 0 all claims hold (a report: all settings have a result, whatever it is), 1 a claim fails, training diverges, or a setting of the report or a
+problem of the benchmark has no result, 2 the command was not understood or its directory cannot be used, 130 interrupted.
 
 A subcommand is a function of the words after it, entered in ``COMMANDS``; its first docstring line is its help.
 """
@@ -128,6 +128,30 @@ def list_settings(args: Sequence[str]) -> int:
     return 0
 
 
+def report(args: Sequence[str]) -> int:
+    """Run all settings, or collect their runs, and write one page: per paper the claims, what was measured, the verdicts."""
+    import tyro
+
+    from .report import ReportOptions
+    from .report import report as make
+    from .training import RunDirectoryError
+
+    config = (tyro.conf.FlagCreatePairsOff,)
+    text = "Runs all settings, several at a time, or collects their runs, and writes report.html and report.md."
+    options = tyro.cli(ReportOptions, args=list(args), prog="ghostgrad report", description=text, config=config)
+    try:
+        done = make(options)
+    except (ValueError, RunDirectoryError) as error:
+        return _usage_error(str(error))
+    missing = [entry for entry in done.entries if entry.summary is None]
+    for entry in missing:
+        print(f"{entry.name} has no result. {entry.problem}", file=sys.stderr)
+    print(f"{len(done.entries) - len(missing)} of {len(done.entries)} settings have a result, on {done.page}")
+    if not done.complete:
+        print("Interrupted. The same command goes on from here.", file=sys.stderr)
+    return 130 if not done.complete else 1 if missing else 0
+
+
 def tour(args: Sequence[str]) -> int:
     """The relu-1d picture, and the norms of a real network checked against autograd."""
     from .papers.tour import main as tour_main
@@ -142,7 +166,7 @@ def bench(args: Sequence[str]) -> int:
     return bench_main(list(args))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"list": list_settings, "run": run, "tour": tour, "bench": bench}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"list": list_settings, "run": run, "report": report, "tour": tour, "bench": bench}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -165,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # tyro's, after it has printed help or what it did not understand
         return stop.code if isinstance(stop.code, int) else 2
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in {"tyro", "tqdm", "matplotlib", "pandas", "scipy", "sklearn", "PIL"}:
+        if (error.name or "").split(".")[0] in {"tyro", "tqdm", "matplotlib", "pandas", "scipy", "sklearn", "PIL", "jinja2"}:
             print(MISSING.format(name=error.name), file=sys.stderr)
             return 2
         raise
