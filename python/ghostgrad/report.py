@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import fnmatch
+import inspect
 import json
 import os
 import platform
@@ -234,9 +235,9 @@ def _said(entry: Entry) -> str:
 
 
 def _counted(words: Sequence[str]) -> str:
-    """'5 hold, 1 does not hold here' of a list of verdicts."""
+    """'holds: 5, does not hold here: 1' of a list of verdicts."""
     count = Counter(words)
-    return ", ".join(f"{count[word]} {word}" for word in Verdict.WORDS if count[word])
+    return ", ".join(f"{word}: {count[word]}" for word in Verdict.WORDS if count[word])
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------------ the page
@@ -250,11 +251,18 @@ def write_page(entries: Sequence[Entry], options: ReportOptions, seconds: float)
     context = {
         "size": options.size,
         "papers": [
-            {"title": title, "authors": authors, "settings": settings, "verdict": _of_paper([word for s in settings for word in s["words"]])}
+            {
+                "title": title,
+                "authors": authors,
+                "settings": settings,
+                "verdict": _of_paper([word for s in settings for word in s["words"]]) if any(s["words"] for s in settings) else "no result",
+                "seconds": sum(s["seconds"] for s in settings),
+            }
             for (title, authors), settings in papers.items()
         ],
         "words": Verdict.WORDS,
-        "count": Counter(word for entry in entries for word in entry.words),
+        "claims": sum(len(entry.words) for entry in entries),
+        "counted": _counted([word for entry in entries for word in entry.words]),
         "unfinished": [entry.name for entry in entries if entry.summary is None],
         "machine": f"{platform.machine()}, {_cores()} cores, torch {torch.__version__}, ghostgrad {gg.__version__}",
         "at_a_time": f"{options.at_a_time} at a time with {options.threads} thread{'s' if options.threads > 1 else ''} each",
@@ -287,6 +295,7 @@ def _section(entry: Entry, options: ReportOptions) -> dict[str, Any]:
     return {
         "name": entry.name,
         "summary": setting.summary,
+        "about": inspect.getdoc(type(setting)) or "",
         "fields": ", ".join(f"{k} = {v}" for k, v in changed.items()) or "the defaults",
         "seeds": f"{setting.seeds[0]} to {setting.seeds[-1]}" if len(setting.seeds) > 1 else str(setting.seed),
         "needs": setting.needs if options.size == "paper" else "",

@@ -103,9 +103,9 @@ class MatrixSensing(Setting):
     summary: ClassVar[str] = "matrix sensing: noise in the parameters finds the low-rank matrix that gradient descent and SGD miss"
     duration: ClassVar[str] = "5 to 10 minutes"
     ops: ClassVar[tuple[str, ...]] = ("gg.optim.NSO", "gg.output_sqnorms", "gg.hessian_trace")
-    SMALL: ClassVar[dict[str, Any]] = {"dim": 20, "num_measurements": 80}
+    SMALL: ClassVar[dict[str, Any]] = {"num_seeds": 3, "probes": 8, "read_every": 10_000}
     PAPER: ClassVar[dict[str, Any]] = {}
-    needs: ClassVar[str] = "d = 100, r = 5 and n = 2500 measurements: hours of a GPU"
+    needs: ClassVar[str] = "d = 100, r = 5, n = 2500: 200 MB of measurements read twice in each of 100,000 gradients"
 
     ARMS: ClassVar[tuple[str, ...]] = ("GD", "SGD", "label noise", "one point", "two points")
 
@@ -221,7 +221,14 @@ class MatrixSensing(Setting):
         return [
             Claim("with two points, ||WW' - X*||_F / ||X*||_F ends at 0.05 at most", "two points", "distance", "<=", 0.05),
             Claim("with gradient descent, it stays above 5", "GD", "distance", ">=", 5.0),
-            Claim("with two points, the Hessian's trace ends within 5 % of the truth's", "two points", "trace_over_truth", "<=", 1.05),
+            Claim(
+                "with two points, the Hessian's trace ends within 5 % of the truth's",
+                "two points",
+                "trace_over_truth",
+                "<=",
+                1.05,
+                formula="E f(w + σu) = f(w) + (σ²/2) tr H + O(σ⁴)",
+            ),
             Claim("where the loss is 0, norms and gradient differences give one trace, within 3 standard errors", "GD", "trace_mismatch", "<=", 3.0),
             MeanClaim("one point leaves more training loss than two", "one point", "loss", ">=", 0.0, versus="two points"),
             MeanClaim("so does label noise of the same drift", "label noise", "loss", ">=", 0.0, versus="two points"),
@@ -289,7 +296,7 @@ class Quantisation(Setting):
     summary: ClassVar[str] = "rounded weights: the loss rises by D^2/24 tr H, and training with noise makes that less"
     duration: ClassVar[str] = "about 2 minutes"
     ops: ClassVar[tuple[str, ...]] = ("gg.optim.NSO", "gg.hessian_trace", "gg.perturbed")
-    SMALL: ClassVar[dict[str, Any]] = {"num_seeds": 3, "draws": 100}
+    SMALL: ClassVar[dict[str, Any]] = {"draws": 100}
     PAPER: ClassVar[dict[str, Any]] = {}
     needs: ClassVar[str] = "searched super-resolution networks: a GPU for days. The setting keeps the noise model alone"
 
@@ -408,7 +415,9 @@ class Quantisation(Setting):
 
     def claims(self) -> list[Claim]:
         return [
-            Claim("plain, errors of 6 bits: the mean rise of the loss is D^2/24 tr H within 10 %", "plain", "mismatch_6", "<=", 0.1),
+            Claim(
+                "plain, errors of 6 bits: the mean rise of the loss is D^2/24 tr H within 10 %", "plain", "mismatch_6", "<=", 0.1, formula="E Δf = (D²/24) tr H"
+            ),
             Claim("trained with noise: likewise", "with noise", "mismatch_6", "<=", 0.1),
             MeanClaim("at 3 bits the expansion is too small by a tenth or more", "plain", "ratio_3", ">=", 1.1),
             MeanClaim("training with noise lowers the Hessian's trace", "with noise", "trace", "<=", 0.0, versus="plain"),
