@@ -92,7 +92,7 @@ def test_the_page_tells_claims_measured_values_and_verdicts(tmp_path: Path) -> N
         assert ", ".join(other.name for other in others) in text
     assert html.images == [entry.figure.read_bytes()]
     (linked,) = re.findall(r"!\[.*?\]\((.*?)\)", markdown)
-    assert (tmp_path / linked).read_bytes() == entry.figure.read_bytes()
+    assert (tmp_path / linked).read_bytes() == entry.figure.with_suffix(".svg").read_bytes()
 
 
 def test_what_a_page_says_is_escaped(tmp_path: Path) -> None:
@@ -215,6 +215,14 @@ def test_bad_options_exit_with_2(args: list[str], message: str, tmp_path: Path, 
     captured = capsys.readouterr()
     assert message in captured.out + captured.err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_cannot_be_begun_is_its_own_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Here a folder stands where its log would be."""
+    (tmp_path / f"{ONE}.log").mkdir(parents=True)
+    assert main(["report", "--out", str(tmp_path), "--only", ONE, "--quiet"]) == 1
+    assert "0 of 1 settings have a result" in capsys.readouterr().out
+    assert "It could not be run (IsADirectoryError" in (tmp_path / "report.md").read_text()
 
 
 def test_collecting_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

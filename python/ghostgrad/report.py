@@ -56,6 +56,8 @@ class ReportOptions:
     """Settings to report, as a pattern: 'regression/*'. May be given more than once."""
     data: str = ""
     """Images for the settings that read some: a folder for each class, CIFAR's binary version, or IDX files. Left away, scikit-learn's digits."""
+    device: str = "cpu"
+    """Torch device of every run."""
     collect: bool = False
     """Run nothing: a page of the finished runs."""
     overwrite: bool = False
@@ -144,6 +146,8 @@ def plan(options: ReportOptions) -> list[Entry]:
         if options.only and not any(fnmatch.fnmatchcase(name, pattern) for pattern in options.only):
             continue
         setting, command = cls.sized(options.size), ["run", name, "--size", options.size]
+        if options.device != "cpu":
+            command += ["--device", options.device]
         if options.data and any(field.name == "data" for field in dataclasses.fields(cls)):
             setting = replace(setting, data=options.data)  # type: ignore[call-arg]
             command += ["--data", options.data]
@@ -164,7 +168,13 @@ class _Pool:
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def work(self, entry: Entry) -> Entry:
-        """Runs the setting, and collects it. Its output is kept beside its directory."""
+        """Runs the setting, and collects it. Its output is kept beside its directory. Raises nothing: what goes wrong is this entry's problem."""
+        try:
+            return self._work(entry)
+        except OSError as error:
+            return replace(entry, problem=f"It could not be run ({type(error).__name__}: {error}).")
+
+    def _work(self, entry: Entry) -> Entry:
         begun = (entry.directory / "config.json").exists()
         mode = ["--overwrite"] if self.options.overwrite and begun else ["--resume"] if begun else []
         entry.directory.parent.mkdir(parents=True, exist_ok=True)
@@ -183,8 +193,8 @@ class _Pool:
                 )
                 self.running[entry.name] = process
             code = process.wait()
-        with self.lock:
-            del self.running[entry.name]
+            with self.lock:
+                del self.running[entry.name]
         done = collect(entry)
         if done.summary is None:
             said = entry.log.read_text(errors="replace").strip().splitlines()
@@ -307,7 +317,7 @@ def _section(entry: Entry, options: ReportOptions) -> dict[str, Any]:
         "data": summary["data"] if summary else "",
         "seconds": summary["time"]["seconds"] if summary else 0.0,
         "claims": [_claim(claim) for claim in summary["claims"]] if summary else [],
-        "path": figure.relative_to(options.directory).as_posix() if figure else "",
+        "path": figure.relative_to(options.directory).with_suffix(".svg").as_posix() if figure else "",
         "image": base64.b64encode(figure.read_bytes()).decode() if figure else "",
     }
 
