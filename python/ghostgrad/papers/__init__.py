@@ -9,14 +9,17 @@ from __future__ import annotations
 import difflib
 
 from ..training import Setting
-from . import noise_stability
-from .label_noise import MatrixSensing, OnePoint, ReLU1D
-from .noise_digits import NoiseDigits
+from . import label_noise, noise_digits, noise_stability, regression
 
 __all__ = ["SETTINGS", "suggest"]
 
 SETTINGS: dict[str, type[Setting]] = {
-    setting.name: setting for setting in (OnePoint, ReLU1D, MatrixSensing, noise_stability.MatrixSensing, NoiseDigits, noise_stability.Quantisation)
+    setting.name: setting
+    for setting in (
+        *(label_noise.OnePoint, label_noise.ReLU1D, label_noise.MatrixSensing),
+        *(noise_stability.MatrixSensing, noise_digits.NoiseDigits, noise_stability.Quantisation),
+        *(regression.ModelCollapse, regression.CollapseScaling, regression.MoreIsBetter),
+    )
 }
 
 
