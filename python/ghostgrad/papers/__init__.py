@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 
 from ..training import Setting
-from . import label_noise, noise_digits, noise_stability, regression
+from . import label_noise, linear_regime, noise_digits, noise_stability, regression
 
 __all__ = ["SETTINGS", "suggest"]
 
@@ -19,6 +19,7 @@ SETTINGS: dict[str, type[Setting]] = {
         *(label_noise.OnePoint, label_noise.ReLU1D, label_noise.MatrixSensing),
         *(noise_stability.MatrixSensing, noise_digits.NoiseDigits, noise_stability.Quantisation),
         *(regression.ModelCollapse, regression.CollapseScaling, regression.MoreIsBetter),
+        *(linear_regime.BenignOverfitting, linear_regime.LinearRegime, linear_regime.GeneralisationDynamics, linear_regime.ReLUStudent),
     )
 }
 
