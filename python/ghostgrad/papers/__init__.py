@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 
 from ..training import Setting
-from . import label_noise, linear_regime, noise_digits, noise_stability, regression
+from . import discretisation, label_noise, linear_regime, noise_digits, noise_stability, regression, stability
 
 __all__ = ["SETTINGS", "suggest"]
 
@@ -20,6 +20,8 @@ SETTINGS: dict[str, type[Setting]] = {
         *(noise_stability.MatrixSensing, noise_digits.NoiseDigits, noise_stability.Quantisation),
         *(regression.ModelCollapse, regression.CollapseScaling, regression.MoreIsBetter),
         *(linear_regime.BenignOverfitting, linear_regime.LinearRegime, linear_regime.GeneralisationDynamics, linear_regime.ReLUStudent),
+        *stability.SETTINGS,
+        *discretisation.SETTINGS,
     )
 }
 
