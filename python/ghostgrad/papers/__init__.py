@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 
 from ..training import Setting
-from . import discretisation, label_noise, linear_regime, noise_digits, noise_stability, regression, stability
+from . import batch_size, discretisation, label_noise, linear_regime, noise_digits, noise_stability, regression, stability
 
 __all__ = ["SETTINGS", "suggest"]
 
@@ -22,6 +22,7 @@ SETTINGS: dict[str, type[Setting]] = {
         *(linear_regime.BenignOverfitting, linear_regime.LinearRegime, linear_regime.GeneralisationDynamics, linear_regime.ReLUStudent),
         *stability.SETTINGS,
         *discretisation.SETTINGS,
+        *(batch_size.TrainLonger, batch_size.BatchHessian),
     )
 }
 
