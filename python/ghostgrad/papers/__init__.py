@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 
 from ..training import Setting
-from . import batch_size, discretisation, label_noise, linear_regime, noise_digits, noise_stability, regression, stability
+from . import batch_size, discretisation, label_noise, learning, linear_regime, minima, noise_digits, noise_stability, regression, stability
 
 __all__ = ["SETTINGS", "suggest"]
 
@@ -23,6 +23,7 @@ SETTINGS: dict[str, type[Setting]] = {
         *stability.SETTINGS,
         *discretisation.SETTINGS,
         *(batch_size.TrainLonger, batch_size.BatchHessian),
+        *(minima.BadMinima, minima.SharedAttention, learning.RehearsalFree, learning.SparseGroupLasso),
     )
 }
 
