@@ -9,7 +9,20 @@ from __future__ import annotations
 import difflib
 
 from ..training import Setting
-from . import batch_size, discretisation, label_noise, learning, linear_regime, minima, noise_digits, noise_stability, regression, stability
+from . import (
+    batch_size,
+    discretisation,
+    identification,
+    label_noise,
+    learning,
+    linear_regime,
+    minima,
+    noise_digits,
+    noise_stability,
+    regression,
+    reservoir,
+    stability,
+)
 
 __all__ = ["SETTINGS", "suggest"]
 
@@ -20,6 +33,7 @@ SETTINGS: dict[str, type[Setting]] = {
         *(noise_stability.MatrixSensing, noise_digits.NoiseDigits, noise_stability.Quantisation),
         *(regression.ModelCollapse, regression.CollapseScaling, regression.MoreIsBetter),
         *(linear_regime.BenignOverfitting, linear_regime.LinearRegime, linear_regime.GeneralisationDynamics, linear_regime.ReLUStudent),
+        *(identification.ARX, reservoir.LMNT),
         *stability.SETTINGS,
         *discretisation.SETTINGS,
         *(batch_size.TrainLonger, batch_size.BatchHessian),
