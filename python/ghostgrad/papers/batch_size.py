@@ -157,7 +157,7 @@ class TrainLonger(_OnImages):
     and a power of t to the first half of the updates, at times that are evenly spread in log t. The walk's speed is set by the step's covariance: with
     sqrt(B), ghost pieces and as many updates, large batches should go as far as small ones.
 
-    The paper trains ResNets, VGG and others on MNIST, CIFAR-10, CIFAR-100 and ImageNet, in batches of up to 4096, with pieces of 128.
+    The paper trains ResNets, VGG and others on MNIST, CIFAR-10, CIFAR-100 and ImageNet, with pieces of 128 images.
     """
 
     name: ClassVar[str] = "batch-size/train-longer"

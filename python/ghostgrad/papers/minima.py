@@ -80,8 +80,8 @@ class BadMinima(ImageSetting):
     ``target`` and every training image is read. Then whether the bad minimum is the sharper one is not decided by how long was trained.
 
     Expected before the run: it is sharper, by trace and by largest eigenvalue, and its path norm is larger, because the weights that fit random labels are
-    large and stage 2 hardly moves them. The paper trains ResNets and others on CIFAR-10, CIFAR-100, CINIC-10 and Restricted ImageNet, and loses up to 40
-    percentage points; a perceptron has far less room on digits, and 5 points are claimed.
+    large and stage 2 hardly moves them. The paper trains ResNets and others on CIFAR-10, CIFAR-100, CINIC-10 and Restricted ImageNet; a perceptron has far less
+    room on digits, and 5 points are claimed.
     """
 
     name: ClassVar[str] = "minima/bad-global-minima"
