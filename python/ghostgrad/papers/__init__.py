@@ -11,6 +11,7 @@ import difflib
 from ..training import Setting
 from . import (
     batch_size,
+    benign_oscillation,
     discretisation,
     identification,
     label_noise,
@@ -18,6 +19,7 @@ from . import (
     linear_regime,
     minima,
     noise_digits,
+    noise_regimes,
     noise_stability,
     regression,
     reservoir,
@@ -36,6 +38,7 @@ SETTINGS: dict[str, type[Setting]] = {
         *(identification.ARX, reservoir.LMNT),
         *stability.SETTINGS,
         *discretisation.SETTINGS,
+        *(noise_regimes.Perceptron, noise_regimes.PhaseDiagram, benign_oscillation.BenignOscillation),
         *(batch_size.TrainLonger, batch_size.BatchHessian),
         *(minima.BadMinima, minima.SharedAttention, learning.RehearsalFree, learning.SparseGroupLasso),
     )
