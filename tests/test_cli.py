@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,13 +20,36 @@ TINY = ["run", "label-noise/one-point", "--steps", "60", "--read-every", "20", "
 
 
 def test_list_names_papers_and_claims(capsys: pytest.CaptureFixture[str]) -> None:
+    """All settings briefly; of those that are named, every claim with its bound."""
     assert main(["list"]) == 0
     out = capsys.readouterr().out
     for name, cls in SETTINGS.items():
         assert name in out
         assert cls.paper in out
-        for claim in cls().claims():
+    assert main(["list", "label-noise/*", "dynamics/lmnt"]) == 0
+    out = capsys.readouterr().out
+    for name in ("label-noise/one-point", "label-noise/relu-1d", "dynamics/lmnt"):
+        for claim in SETTINGS[name]().claims():
             assert claim.text in out
+            assert claim.criterion in out
+    assert "stability" not in out.replace("ghostgrad list", "")
+    assert main(["list", "relu1d"]) == 2
+    assert "Did you mean label-noise/relu-1d" in capsys.readouterr().err
+
+
+def test_a_reader_that_stops_reading_is_no_error() -> None:
+    command = f"{sys.executable} -m ghostgrad.cli list | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("label-noise/one-point\n", "")
+
+
+def test_the_docs_name_every_setting() -> None:
+    """The table of docs/papers.md, and, of all but the label-noise settings, a section on what was found."""
+    docs = Path(__file__).parents[1] / "docs"
+    papers, found = (docs / "papers.md").read_text(), (docs / "papers.md").read_text() + (docs / "findings.md").read_text()
+    for name in SETTINGS:
+        assert f"`{name}`" in papers or f"`{name.split('/')[1]}`" in papers, name
+        assert f"## {name}\n" in found or name.startswith("label-noise/"), name
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import fnmatch
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -113,18 +115,25 @@ def run(args: Sequence[str]) -> int:
 
 
 def list_settings(args: Sequence[str]) -> int:
-    """List the settings: paper, what is claimed, how long they take."""
-    from .papers import SETTINGS
+    """List the settings: paper, what is shown, how long they take; with a name or a pattern, what is claimed."""
+    from .papers import SETTINGS, suggest
 
-    if args:
-        print("usage: ghostgrad list")
+    usage = "usage: ghostgrad list [NAME or pattern, as in 'stability/*']"
+    if args and args[0].startswith("-"):
+        print(usage)
         return 0 if args[0] in ("-h", "--help") else 2
-    for name, cls in SETTINGS.items():
-        print(f"{name}\n  {cls.summary}\n  {cls.paper}; {cls.duration} on 2 cores")
-        for claim in cls().claims():
-            print(f"    claim: {claim.text}")
+    chosen = [name for name in SETTINGS if not args or any(fnmatch.fnmatchcase(name, pattern) for pattern in args)]
+    if not chosen:
+        close = suggest(args[0])
+        return _usage_error(f"no setting is called {args[0]!r}." + (f" Did you mean {' or '.join(close)}?" if close else "") + f"\n{usage}")
+    for name in chosen:
+        cls = SETTINGS[name]
+        claims = cls().claims()
+        print(f"{name}\n  {cls.summary}\n  {cls.paper}; {cls.duration} on 2 cores; {len(claims)} claims")
+        for claim in claims if args else ():
+            print(f"    claim: {claim.text}: {claim.quantity} ({claim.arm}) {claim.criterion}")
         print()
-    print("ghostgrad run NAME runs one, ghostgrad run NAME --help lists its options.")
+    print("ghostgrad list NAME says what is claimed, ghostgrad run NAME runs one, ghostgrad run NAME --help lists its options, ghostgrad report runs them all.")
     return 0
 
 
@@ -196,6 +205,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who reads has read enough: ghostgrad list | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _size(args: Sequence[str]) -> Size:
