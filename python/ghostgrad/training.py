@@ -19,8 +19,8 @@ Three concepts:
 
 Two decisions shape this module.
 
-*Randomness has an address.* What step k of a seed sees is a function of (seed, k) alone, never of a generator that runs along (:func:`batches`). Nothing about
-generators needs saving, and all arms of a seed meet the same draws.
+*Randomness has an address.* What step k of a seed sees is a function of (seed, k) alone (:func:`philox`, :func:`batches`), never of a generator that runs
+along. Nothing about generators needs saving, and all arms of a seed meet the same draws.
 
 *Numbers apart from times.* ``metrics.csv`` holds what the seed determines, ``timings.csv`` what the machine does. A run that was killed and resumed ends
 with the same ``metrics.csv``, byte for byte, as one that was not.
@@ -78,6 +78,7 @@ __all__ = [
     "TrainingRun",
     "Verdict",
     "batches",
+    "philox",
     "reading_steps",
     "train",
 ]
@@ -483,15 +484,22 @@ class GridRun(Run):
         pass
 
 
+def philox(seed: int, purpose: int) -> np.random.Generator:
+    """Random numbers with an address: what comes is a function of (seed, purpose) alone, and another address is another stream (the two are Philox's key).
+
+    Purposes are numbered by the setting: blocks of steps, sizes, arms. :func:`batches` numbers epochs; purposes beside it begin at 2^32, where no epoch is.
+    """
+    return np.random.Generator(np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64)))
+
+
 def batches(
     seed: int,
     epoch: int,
     n: int,
     size: int,
 ) -> list[Tensor]:  # of (size,), the last one shorter
-    """The samples 0 ... n - 1 in a random order, in batches: a function of its arguments alone (Philox with key (seed, epoch))."""
-    rng = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)))
-    return list(torch.from_numpy(rng.permutation(n)).split(size))
+    """The samples 0 ... n - 1 in a random order, in batches: a function of its arguments alone, at the address (seed, epoch)."""
+    return list(torch.from_numpy(philox(seed, epoch).permutation(n)).split(size))
 
 
 def reading_steps(steps: int, read_every: int) -> list[int]:

@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 
 import ghostgrad as gg
 
-from ..training import Claim, Clock, ClosedForm, GridRun, MeanClaim, Outcome, Setting, batches
+from ..training import Claim, Clock, ClosedForm, GridRun, MeanClaim, Outcome, Setting, batches, philox
 from .images import data_used, load_images
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ FLATTER = (
     "2/λ₁(B) is the limit of a quadratic."
 )
 TEST_SHARE = 0.4  # of digits: 1078 to train on
+NO_EPOCH = 1 << 40  # random numbers beside the epochs' orders have addresses from here on
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,6 @@ class _OnImages(Setting):
         images = load_images(self.data, seed=seed, test_share=TEST_SHARE, size=self.image_size)
         x, test_x = (t.flatten(1).to(device, DTYPE) for t in (images.train_x, images.test_x))
         return _Data(x, images.train_y.to(device), test_x, images.test_y.to(device), len(images.classes))
-
-
-def _philox(seed: int, purpose: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=np.array([seed, (1 << 40) + purpose], dtype=np.uint64)))  # no epoch has this number
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
@@ -305,7 +302,7 @@ class TrainLonger(_OnImages):
         mean = gradient(torch.arange(n))
         with clock:
             scale = gg.NoiseScale.from_norms(gg.sqnorms(model, cross_entropy, data.x, data.y), mean.square().sum())
-        row, rng = self.columns(), _philox(seed, 0)
+        row, rng = self.columns(), philox(seed, NO_EPOCH)
         for size in self.sizes:
             for kind, replacement in (("with", True), ("without", False)):
                 total = 0.0
@@ -573,7 +570,7 @@ class BatchHessian(_OnImages):
         found, size = [], self.wigner_size
         for draw in range(self.wigner_draws):
             between()
-            rng = _philox(seed, draw)
+            rng = philox(seed, NO_EPOCH + draw)
             noise, direction = rng.standard_normal((size, size)), rng.standard_normal(size)
             direction /= np.linalg.norm(direction)
             matrix = torch.from_numpy((noise + noise.T) / math.sqrt(2 * size) + spike * np.outer(direction, direction))
@@ -598,7 +595,7 @@ class BatchHessian(_OnImages):
         total, along = deviation(model, data.x, data.y, vectors[0], vectors)
         gaps = top.values[0] - top.values[1:]
         second = (along[1:].cpu() / gaps).sum().item() + (total - along.sum().item()) / float(top)
-        probes = torch.from_numpy(_philox(seed, 1 << 20).standard_normal((self.probes, count))).to(data.x.device)
+        probes = torch.from_numpy(philox(seed, NO_EPOCH + (1 << 20)).standard_normal((self.probes, count))).to(data.x.device)
         elements = float(np.mean([deviation(model, data.x, data.y, probe)[0] for probe in probes])) / count
         return _Point(model, data, loss, float(top), vectors[0], trace, elements, second, noise.scale)
 
@@ -617,7 +614,7 @@ class BatchHessian(_OnImages):
 
     def measure(self, point: _Point, rates: bool, seed: int, size: int, clock: Clock, between: Callable[[], None]) -> dict[str, float]:
         x, y, n = point.data.x, point.data.y, len(point.data.y)
-        b, rng, found, less = size * (n - 1) / (n - size), _philox(seed, (1 << 30) + size), [], []
+        b, rng, found, less = size * (n - 1) / (n - size), philox(seed, NO_EPOCH + (1 << 30) + size), [], []
         for _ in range(self.draws):
             between()
             index = torch.from_numpy(rng.choice(n, size, replace=False)).to(y.device)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import ghostgrad as gg
 
-from ..training import Claim, Clock, ClosedForm, GridRun, Outcome, Setting
+from ..training import Claim, Clock, ClosedForm, GridRun, Outcome, Setting, philox
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -135,7 +135,7 @@ class ARX(Setting):
 
     def data(self, arm: str, seed: int, block: int, repeats: int) -> tuple[Array, Array]:
         """phi (repeats, steps, 2 order) and y (repeats, steps), trajectory after trajectory; a function of the arguments alone."""
-        rng = np.random.Generator(np.random.Philox(key=np.array([seed, 1000 * self.ARMS.index(arm) + block], dtype=np.uint64)))
+        rng = philox(seed, 1000 * self.ARMS.index(arm) + block)
         many = arm == "many trajectories"
         u, w = rng.standard_normal((2, repeats, self.most, self.length) if many else (2, repeats, 1, self.BURN_IN + self.longest))
         y = simulate(u, (0.0 if arm == "no noise" else self.noise) * w)

@@ -28,6 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..training import philox
+
 __all__ = ["ImageDataError", "Images", "data_used", "load_images"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm")
@@ -124,7 +126,7 @@ def load_images(source: str = "digits", *, seed: int = 0, test_share: float = 0.
 
 def _split(path: Path, whole: _Half, classes: Sequence[str], seed: int, test_share: float) -> tuple[_Half, _Half]:
     """Class by class, so that both halves know every class; in the order in which the images came."""
-    rng = np.random.Generator(np.random.Philox(key=np.array([seed, 0], dtype=np.uint64)))
+    rng = philox(seed, 0)
     is_test = np.zeros(len(whole.y), dtype=bool)
     for label, name in enumerate(classes):
         members = rng.permutation(np.flatnonzero(whole.y == label))

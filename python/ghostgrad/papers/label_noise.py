@@ -39,7 +39,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import ghostgrad as gg
 
-from ..training import Claim, Clock, CompileError, Outcome, Reading, Run, Setting, check_finite, reading_steps
+from ..training import Claim, Clock, CompileError, Outcome, Reading, Run, Setting, check_finite, philox, reading_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -162,11 +162,11 @@ class LabelNoise(Setting):
 def draws(seed: int, start: int, stop: int, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
     """Sample index and standard normal of each of the steps ``start ... stop - 1``: a function of (seed, step, num_samples) alone.
 
-    Philox with key (seed, step // 1024): any range of steps can be drawn without drawing what came before it.
+    At the address (seed, step // 1024): any range of steps can be drawn without drawing what came before it.
     """
     index, normal = [], []
     for block in range(start // DRAW_BLOCK, -(-stop // DRAW_BLOCK)):
-        rng = np.random.Generator(np.random.Philox(key=np.array([seed, block], dtype=np.uint64)))
+        rng = philox(seed, block)
         steps = slice(max(start - block * DRAW_BLOCK, 0), min(stop - block * DRAW_BLOCK, DRAW_BLOCK))
         index.append(rng.integers(num_samples, size=DRAW_BLOCK)[steps])
         normal.append(rng.standard_normal(DRAW_BLOCK)[steps])

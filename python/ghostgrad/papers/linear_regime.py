@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import ghostgrad as gg
 
-from ..training import Claim, Clock, ClosedForm, GridRun, MeanClaim, Outcome, Setting
+from ..training import Claim, Clock, ClosedForm, GridRun, MeanClaim, Outcome, Setting, philox
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,8 +48,7 @@ DYNAMICS = ("High-dimensional dynamics of generalization error in neural network
 
 def _normal(seed: int, purpose: int, *shape: int) -> Tensor:
     """Standard normal numbers, a function of the arguments alone."""
-    rng = np.random.Generator(np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64)))
-    return torch.from_numpy(rng.standard_normal(shape))
+    return torch.from_numpy(philox(seed, purpose).standard_normal(shape))
 
 
 def _linear(inputs: int, outputs: int, weight: Tensor | float = 0.0) -> nn.Linear:

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import update_bn
 
 import ghostgrad as gg
 
-from ..training import Claim, Clock, GridRun, MeanClaim, Outcome
+from ..training import Claim, Clock, GridRun, MeanClaim, Outcome, philox
 from .image_setting import DTYPE, ImageSetting, Split, accuracy, built, fit, perceptron
 
 if TYPE_CHECKING:
@@ -34,10 +34,6 @@ __all__ = ["BadMinima", "SharedAttention", "path_norm", "shifted"]
 LOOK = 4  # steps of plain SGD between two looks at the training loss
 
 # -------------------------------------------------------------------------------------------------------------------------------- bad global minima
-
-
-def _rng(seed: int, purpose: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64)))
 
 
 def path_norm(model: nn.Sequential) -> float:
@@ -64,7 +60,7 @@ def shifted(
     """Every image moved by up to ``by`` pixels to each side, at random; what comes in from outside is the smallest value."""
     n, _, height, width = x.shape
     wide = pad(x, (by,) * 4, value=x.min().item())
-    down, right = torch.from_numpy(_rng(seed, (2 << 32) + step).integers(0, 2 * by + 1, (2, n, 1))).to(x.device)
+    down, right = torch.from_numpy(philox(seed, (2 << 32) + step).integers(0, 2 * by + 1, (2, n, 1))).to(x.device)
     rows, columns = down + torch.arange(height, device=x.device), right + torch.arange(width, device=x.device)  # (n, H), (n, W)
     return wide[torch.arange(n, device=x.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(3, 1)
 
@@ -137,7 +133,7 @@ class BadMinima(ImageSetting):
 
     def confused(self, model: nn.Module, x: Tensor, classes: int, seed: int, between: Callable[[], None]) -> float:
         """Stage 1, in place; the share of the random labels that it ends with."""
-        rng = _rng(seed, 1 << 32)
+        rng = philox(seed, 1 << 32)
         inputs = torch.cat([x * torch.from_numpy(rng.random(x.shape) >= self.zeroed).to(x.device) for _ in range(self.copies)])
         labels = torch.from_numpy(rng.integers(0, classes, len(inputs))).to(x.device)
         optimizer = torch.optim.SGD(model.parameters(), lr=self.confuse_lr, momentum=0.9)
@@ -257,7 +253,7 @@ class BadMinima(ImageSetting):
         x, y = torch.from_numpy(points - points.mean(0)).to(DTYPE), torch.from_numpy(labels)
         model = built(self.seed, lambda: perceptron([2, 64, 64, 2]), torch.device("cpu"))
         if bad:
-            rng = _rng(self.seed, 3 << 32)
+            rng = philox(self.seed, 3 << 32)
             inputs, targets = torch.from_numpy(rng.uniform(-2, 2, (150, 2))), torch.from_numpy(rng.integers(0, 2, 150))
             optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
             for _ in fit(model, optimizer, inputs, targets, seed=self.seed, epochs=1500, batch=150, between=lambda: None):

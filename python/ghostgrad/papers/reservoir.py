@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import ghostgrad as gg
 
-from ..training import Claim, Clock, ClosedForm, GridRun, MeanClaim, Outcome, Setting
+from ..training import Claim, Clock, ClosedForm, GridRun, MeanClaim, Outcome, Setting, philox
 from .simulators import KuramotoSivashinsky
 
 if TYPE_CHECKING:
@@ -34,10 +34,6 @@ Array = NDArray[np.float64]
 STD = 1.18768  # of u on the attractor (L = 22); data are divided by it
 UNRELATED = 1.36980  # root mean square difference of two unrelated fields, after that
 LYAPUNOV = 0.048  # largest exponent, per unit of time
-
-
-def _rng(seed: int, purpose: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64)))
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------- reservoir
@@ -220,7 +216,7 @@ class LMNT(Setting):
         ]
 
     def prepare(self, seed: int) -> _Seed:
-        simulator, rng = KuramotoSivashinsky(points=self.POINTS, step=self.STEP), _rng(seed, 0)
+        simulator, rng = KuramotoSivashinsky(points=self.POINTS, step=self.STEP), philox(seed, 0)
         u = rng.standard_normal((1 + self.tests, self.POINTS))
         u = simulator.trajectory(u - u.mean(1, keepdims=True), 1000)[-1]  # mean 0, which the equation keeps
         path = simulator.trajectory(u[0], self.WASHOUT + self.train + 1).T / STD
@@ -241,7 +237,7 @@ class LMNT(Setting):
         elif arm == "Jacobian":
             ridge, matrix = self.jacobian_tikhonov, self.jacobian * here.by_lag[0]
         elif arm == "noise":
-            u = u + self.weight**0.5 * _rng(seed, 1).standard_normal(u.shape)
+            u = u + self.weight**0.5 * philox(seed, 1).standard_normal(u.shape)
             r = self.states(here.reservoir, u)
         elif arm == "LMNT":
             matrix = self.weight * here.by_lag.sum(0)
@@ -263,7 +259,7 @@ class LMNT(Setting):
 
     def gain(self, w: Array, seed: int, here: _Seed) -> float:
         """``E|W ds|² / v`` by noise of variance v in the last k inputs, at random times; pairs +-e, whose half difference has no second order."""
-        rng = _rng(seed, 2)
+        rng = philox(seed, 2)
         first = self.WASHOUT + rng.integers(0, self.train - self.k + 1, self.draws)
         noise, ends = self.weight**0.5 * rng.standard_normal((self.k, len(here.u), self.draws)), []
         for sign in (1, -1):

@@ -39,7 +39,7 @@ from torch.nn.functional import normalize
 
 import ghostgrad as gg
 
-from ..training import Claim, Clock, ClosedForm, GridRun, MeanClaim, Outcome, Reading, Run, Setting, check_finite
+from ..training import Claim, Clock, ClosedForm, GridRun, MeanClaim, Outcome, Reading, Run, Setting, check_finite, philox
 from .label_noise import draws
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class Threshold(Setting):
 
     def walk(self, g: Tensor, lr: float, seed: int, between: Callable[[], None]) -> float:
         """The mean of ``||u||^2`` at the end over that at the start, d."""
-        rng = np.random.Generator(np.random.Philox(key=np.array([seed, 2], dtype=np.uint64)))
+        rng = philox(seed, 2)
         u = torch.from_numpy(rng.standard_normal((self.walks, self.dim))).to(g)
         for _ in range(self.length):
             between()
