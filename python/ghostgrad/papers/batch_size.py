@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy
 import ghostgrad as gg
 
 from ..training import Claim, Clock, ClosedForm, GridRun, MeanClaim, Outcome, Setting, batches, philox
+from .figures import BLUE, GREEN, OCHRE, RED, name_curves
 from .images import data_used, load_images
 
 if TYPE_CHECKING:
@@ -91,11 +92,6 @@ class _OnImages(Setting):
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([t.detach().flatten() for t in tensors])
-
-
-def _name(ax: Axes, text: str, y: float, colour: str) -> None:
-    """At the right of an axis, beside where a curve ends."""
-    ax.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), color=colour, va="center", fontsize=9, annotation_clip=False)
 
 
 def _label_log(axis: Axis, style: str) -> None:
@@ -356,23 +352,23 @@ class TrainLonger(_OnImages):
     def figure(self, outcome: Outcome) -> Figure:
         from matplotlib.figure import Figure
 
-        colours = dict(zip(self.REGIMES, ("#d1603d", "#b8860b", "#4f9d69", "#0b6e99", "#8a6fb0"), strict=True))
+        colours = dict(zip(self.REGIMES, (RED, OCHRE, GREEN, BLUE, "#8a6fb0"), strict=True))
         frame = outcome.metrics
         figure = Figure(figsize=(17, 4.6), layout="constrained")
         left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 0.8))
         last = frame.drop_duplicates(["arm", "seed"], keep="last")
-        ends: list[float] = []
+        ends = []
         means = {(regime, size): 100 * last[last["arm"] == self.arm(size, regime)]["accuracy"] for regime in self.REGIMES for size in self.sizes}
-        for regime in sorted(self.REGIMES, key=lambda regime: float(means[regime, self.large].mean())):
+        for regime in self.REGIMES:
             values = [means[regime, size] for size in self.sizes]
             centre = np.array([v.mean() for v in values])
             half = np.array([1.96 * v.std(ddof=1) / math.sqrt(len(v)) if len(v) > 1 else 0 for v in values])
             left.errorbar(self.sizes, centre, half, fmt="o-", color=colours[regime], ms=4, lw=1.4, elinewidth=0.8)
-            ends.append(max(float(centre[-1]), ends[-1] + 0.1 if ends else 0.0))
-            _name(left, regime, ends[-1], colours[regime])
+            ends.append((centre[-1], regime, colours[regime]))
         adapted = [v for v in outcome.verdicts if (v.claim.arm, v.claim.column) == (self.arm(self.large, "√B lr, ghost, equal updates"), "accuracy")]
         title = "√B, ghost pieces and as many updates close the gap" if all(v.holds for v in adapted) else "Test accuracy and batch size"
         left.set(xscale="log", xlabel="batch size B", ylabel="test accuracy, %, mean and 95 % interval", title=title)
+        name_curves(left, ends)
 
         shown = {self.arm(self.small, ""): "black"} | {self.arm(self.large, regime): colour for regime, colour in colours.items()}
         for arm, colour in shown.items():
@@ -381,21 +377,22 @@ class TrainLonger(_OnImages):
         middle.text(0.03, 0.95, f"black: B = {self.small}\ncolours: B = {self.large}, as at the left", transform=middle.transAxes, va="top", fontsize=9)
         middle.set(xscale="log", xlabel="update t", ylabel="‖w_t − w_0‖", title="How far the weights go: straight is log t")
 
-        steps = frame[frame["arm"] == "steps"]
-        for kind, marker, colour, text in (("with", "o", "#0b6e99", "with replacement"), ("without", "s", "#d1603d", "without")):
+        steps, ends = frame[frame["arm"] == "steps"], []
+        for kind, marker, colour, text in (("with", "o", BLUE, "with replacement"), ("without", "s", RED, "without")):
             lines = [steps[f"{kind}_predicted_{size}"].mean() for size in self.sizes]
             right.plot(self.sizes, lines, color=colour, lw=1)
             right.plot(
                 self.sizes, [steps[f"{kind}_{size}"].mean() for size in self.sizes], marker, color=colour, ms=5, mfc="none" if kind == "with" else colour
             )
-            _name(right, text, lines[-1], colour)
-        right.plot(self.sizes, [steps[f"scaled_{size}"].mean() for size in self.sizes], "^", color="#4f9d69", ms=5)
-        _name(right, "η ~ √B", steps[f"scaled_{self.large}"].mean(), "#4f9d69")
+            ends.append((lines[-1], text, colour))
+        right.plot(self.sizes, [steps[f"scaled_{size}"].mean() for size in self.sizes], "^", color=GREEN, ms=5)
+        ends.append((steps[f"scaled_{self.large}"].mean(), "η ~ √B", GREEN))
         right.set(xscale="log", yscale="log", xlabel="batch size B", ylabel="E |Δw − EΔw|²", title="A step's noise: drawn (marks), from norms (lines)")
         for ax in (left, right):
             ax.set_xticks(self.sizes, list(map(str, self.sizes)))
             ax.xaxis.minorticks_off()
         _label_log(right.yaxis, "{x:.0e}")
+        name_curves(right, ends)
         return figure
 
 
@@ -745,7 +742,7 @@ class BatchHessian(_OnImages):
         grid = np.linspace(0.05, 3.2, 200)
         left.plot(grid, [spiked_wigner(spike, 2.0) for spike in grid], color="black", lw=1)
         spikes = frame[frame["spike"].notna()]
-        left.plot(spikes["spike"], spikes["eigenvalue"], "o", color="#0b6e99", ms=5, alpha=0.6, mew=0)
+        left.plot(spikes["spike"], spikes["eigenvalue"], "o", color=BLUE, ms=5, alpha=0.6, mew=0)
         left.set(
             xlabel="λ₁ / (√(P/b) σ)", ylabel="largest eigenvalue / (√(P/b) σ)", title=f"A spike in {self.wigner_size} x {self.wigner_size} random matrices"
         )
@@ -753,12 +750,13 @@ class BatchHessian(_OnImages):
         def mean(point: str, column: str) -> np.ndarray:
             return np.array([np.exp(np.log(frame[frame["arm"] == f"{point}, B = {size}"][column]).mean()) for size in self.sizes])
 
+        ends: dict[Axes, list[tuple[float, str, str]]] = {middle: [], right: []}
         sharper = all(v.holds for v in outcome.verdicts if v.claim.column == "log_ratio")
-        for point, colour in zip(self.POINTS, ("#d1603d", "#0b6e99"), strict=True):
+        for point, colour in zip(self.POINTS, (RED, BLUE), strict=True):
             middle.plot(self.sizes, mean(point, "eigenvalue"), "o", color=colour, ms=5)
             for column, style in (("wishart", "-"), ("wigner_along", "--"), ("wigner", ":")):
                 middle.plot(self.sizes, mean(point, column), style, color=colour, lw=1.3)
-            _name(middle, {"start": "at the start", "trained": "trained"}[point], mean(point, "eigenvalue")[-1], colour)
+            ends[middle].append((mean(point, "eigenvalue")[-1], {"start": "at the start", "trained": "trained"}[point], colour))
         middle.text(
             0.97,
             0.97,
@@ -778,15 +776,15 @@ class BatchHessian(_OnImages):
 
         for _, rows in frame[frame["lr"].notna()].groupby("seed"):
             right.plot(self.sizes, rows["lr"], color="0.8", lw=0.8)
-        curves = {"η_max": (mean("start", "lr"), "o-", "black"), "2/λ₁(B)": (2 / mean("start", "eigenvalue"), "o-", "#d1603d")}
+        curves = {"η_max": (mean("start", "lr"), "o-", "black"), "2/λ₁(B)": (2 / mean("start", "eigenvalue"), "o-", RED)}
         for text, (values, style, colour) in curves.items():
             right.plot(self.sizes, values, style, color=colour, ms=4, lw=1.4)
-            _name(right, text, values[-1], colour)
-        right.plot(self.sizes, mean("start", "adam_lr"), "s-", color="#4f9d69", ms=4, lw=1.4)
-        _name(right, "Adam's", mean("start", "adam_lr")[-1], "#4f9d69")
+            ends[right].append((values[-1], text, colour))
+        right.plot(self.sizes, mean("start", "adam_lr"), "s-", color=GREEN, ms=4, lw=1.4)
+        ends[right].append((mean("start", "adam_lr")[-1], "Adam's", GREEN))
         wigner = 2 / mean("start", "wigner")
-        right.plot(self.sizes, wigner, ":", color="#d1603d", lw=1.4)
-        right.annotate("by Wigner", (self.sizes[0], wigner[0]), (0, 6), textcoords="offset points", color="#d1603d", fontsize=9)
+        right.plot(self.sizes, wigner, ":", color=RED, lw=1.4)
+        right.annotate("by Wigner", (self.sizes[0], wigner[0]), (0, 6), textcoords="offset points", color=RED, fontsize=9)
         scale = float(mean("start", "noise_scale")[0])
         right.axvline(scale, color="0.5", lw=0.8, ls=":")
         right.text(scale, 0.03, " gradient noise scale", transform=right.get_xaxis_transform(), fontsize=9, color="0.4")
@@ -797,4 +795,5 @@ class BatchHessian(_OnImages):
             ax.set_xticks(self.sizes, list(map(str, self.sizes)))
             ax.xaxis.minorticks_off()
             _label_log(ax.yaxis, "{x:g}")
+            name_curves(ax, ends[ax])
         return figure

@@ -17,6 +17,7 @@ from torch.nn.functional import relu
 import ghostgrad as gg
 
 from ..training import Claim, Clock, ClosedForm, MeanClaim, Outcome, Setting, Trainee, TrainingRun, reading_steps
+from .figures import BLUE, GREY, OCHRE, RED, name_curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["BenignOscillation", "PatchNet"]
 
 DTYPE = torch.float64
-COLOURS = {"large lr": "#0b6e99", "small lr": "#8a8a8a", "same kick": "#d1603d", "same residual": "#b8860b"}
+COLOURS = {"large lr": BLUE, "small lr": GREY, "same kick": RED, "same residual": OCHRE}
 
 
 class PatchNet(nn.Module):
@@ -305,17 +306,17 @@ class BenignOscillation(Setting):
         held = {v.claim.text: v.holds for v in outcome.verdicts}
         learns = held["the large learning rate tells labels by the weak feature alone"] and held["the small one hardly better than by chance"]
         self._curves(left, frame, "accuracy", "test accuracy, weak feature alone", "The weak feature is learnt by kicks" if learns else "Weak feature")
+        parts = []
         for arm in ("large lr", "same kick"):
             rows = frame[frame["arm"] == arm].groupby("step")[["f_u", "f_v"]].mean()
             for column, style in (("f_v", "-"), ("f_u", "--")):
                 second.plot(rows.index, rows[column], style, color=COLOURS[arm], lw=1.8)
                 name = "⟨w,v⟩" if column == "f_v" else "⟨w,u⟩"
-                second.annotate(
-                    f"{name}, {arm}", (1.01, rows[column].iloc[-1]), xycoords=("axes fraction", "data"), color=COLOURS[arm], va="center", fontsize=8
-                )
+                parts.append((rows[column].iloc[-1], f"{name}, {arm}", COLOURS[arm]))
         second.set(xscale="log", xlabel="step", ylabel="part of f, sum of the squares", title="Strong feature (full), weak one (dashed)")
-        self._curves(third, frame, "step_strong", "η‖∇f(xᵢ)‖², mean over strong samples", "Unstable above 2: steps on strong samples")
+        name_curves(second, parts)
         third.axhline(2, color="black", lw=0.8, ls=":")
+        self._curves(third, frame, "step_strong", "η‖∇f(xᵢ)‖², mean over strong samples", "Unstable above 2: steps on strong samples")
         ends = frame[frame["step"] == frame["step"].max()]
         for arm, colour in COLOURS.items():
             rows = ends[ends["arm"] == arm]
@@ -329,14 +330,13 @@ class BenignOscillation(Setting):
         return figure
 
     def _curves(self, ax: Axes, frame: Any, column: str, label: str, title: str) -> None:
-        ends: list[float] = []
-        gap = 0.05 * (frame[column].max() - frame[column].min())
-        for arm in sorted(COLOURS, key=lambda arm: float(frame[frame["arm"] == arm].groupby("seed")[column].last().mean())):
+        ends = []
+        for arm, colour in COLOURS.items():
             rows = frame[frame["arm"] == arm]
             for _, one in rows.groupby("seed"):
-                ax.plot(one["step"], one[column], color=COLOURS[arm], lw=0.8, alpha=0.5)
+                ax.plot(one["step"], one[column], color=colour, lw=0.8, alpha=0.5)
             mean = rows.groupby("step")[column].mean()
-            ax.plot(mean.index, mean, color=COLOURS[arm], lw=2)
-            ends.append(max(float(mean.iloc[-1]), ends[-1] + gap if ends else -math.inf))  # names that would lie on each other move apart
-            ax.annotate(arm, (1.01, ends[-1]), xycoords=("axes fraction", "data"), color=COLOURS[arm], va="center", fontsize=9)
+            ax.plot(mean.index, mean, color=colour, lw=2)
+            ends.append((float(mean.iloc[-1]), arm, colour))
         ax.set(xscale="log", xlabel="step", ylabel=label, title=title)
+        name_curves(ax, ends)

@@ -33,6 +33,7 @@ from torch.nn.functional import one_hot
 import ghostgrad as gg
 
 from ..training import Claim, Clock, ClosedForm, GridRun, MeanClaim, Outcome, Setting
+from .figures import BLUE, GREEN, GREY, OCHRE, RED, SKY
 from .images import data_used, load_images
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ __all__ = ["FLOWS", "DriftAdjusted", "Flows", "Net", "Quadratic", "SGDDrift", "d
 
 PAPER = "Rosca (PhD thesis, UCL 2023)"
 TITLE = "On Discretisation Drift and Smoothness Regularisation in Neural Network Training"
-FLOWS = {"NGF": "#8a8a8a", "IGR": "#b8860b", "third order": "#67b2cf", "PF": "#0b6e99"}  # with their colours
+FLOWS = {"NGF": GREY, "IGR": OCHRE, "third order": SKY, "PF": BLUE}  # with their colours
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------------- energies
@@ -352,7 +353,7 @@ class Flows(Setting):
         left.legend(frameon=False, fontsize=9)
         title = "The principal flow keeps nearest to the steps" if nearest else "Mean distance over the steps"
         middle.set(yscale="log", xlabel="hλ₁ at the start", ylabel="mean distance from gradient descent", title=title)
-        for z, colour in zip(self.NEAR, ("#0b6e99", "#d1603d"), strict=True):
+        for z, colour in zip(self.NEAR, (BLUE, RED), strict=True):
             for number, (_, rows) in enumerate(frame[frame["arm"] == f"minimum, hλ = {z:g}"].groupby("seed")):
                 right.plot(rows["iteration"], rows["along"], color=colour, lw=1.2, label="_" * number + f"hλ₁ = {z:g}")
         right.set(yscale="log", xlabel="step", ylabel="|u₁′g|", title="At a minimum: along the top eigenvector")
@@ -462,7 +463,7 @@ class SGDDrift(Setting):
 
         figure = Figure(figsize=(6, 4.4), layout="constrained")
         ax = figure.subplots()
-        for arm, colour in zip(self.SCHEMES, ("#0b6e99", "#d1603d"), strict=True):
+        for arm, colour in zip(self.SCHEMES, (BLUE, RED), strict=True):
             rows = outcome.metrics[outcome.metrics["arm"] == arm]
             for suffix, fill in (("", colour), (" coarser", "none")):
                 h = self.h * (self.coarser if suffix else 1.0)
@@ -617,8 +618,8 @@ class DriftAdjusted(Setting):
 
         figure = Figure(figsize=(11.5, 4.2), layout="constrained")
         left, right = figure.subplots(1, 2)
-        colours = {self.ONE: "#0b6e99", self.HALF: "#67b2cf", self.SCALED: "#4f9d69"}
-        colours |= {f"rate {h:g}": grey for h, grey in zip(self.RATES, ("#e3b9a7", "#dd9a7f", "#d1603d", "#7a2f15"), strict=True)}
+        colours = {self.ONE: BLUE, self.HALF: SKY, self.SCALED: GREEN}
+        colours |= {f"rate {h:g}": grey for h, grey in zip(self.RATES, ("#e3b9a7", "#dd9a7f", RED, "#7a2f15"), strict=True)}
         frame = outcome.metrics
         for arm, colour in colours.items():
             for number, (_, rows) in enumerate(frame[frame["arm"] == arm].groupby("seed")):

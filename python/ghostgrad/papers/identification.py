@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import ghostgrad as gg
 
 from ..training import Claim, Clock, ClosedForm, GridRun, Outcome, Setting, philox
+from .figures import BLUE, GREY, RED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -261,7 +262,7 @@ class ARX(Setting):
         holds = {v.claim.column: v.holds for v in reversed(outcome.verdicts)}  # the first claim about a column
         rates = "Too high an order costs no rate, if there is noise" if holds["rate"] else "Errors of fits of too high an order"
         limits = "and the error has an exact limit" if holds["scaled"] else "Against the limit"
-        for arm, colour in zip(self.ARMS, ("#0b6e99", "#d1603d", "#8a8a8a"), strict=True):
+        for arm, colour in zip(self.ARMS, (BLUE, RED, GREY), strict=True):
             rows = outcome.metrics[outcome.metrics["arm"] == arm]
             by_size = rows.groupby("samples")
             sizes = by_size["samples"].first()

@@ -40,6 +40,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import ghostgrad as gg
 
 from ..training import Claim, Clock, CompileError, Outcome, Reading, Run, Setting, check_finite, philox, reading_steps
+from .figures import BLUE, RED, name_curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,7 +63,7 @@ __all__ = [
 ]
 
 AUTHORS = "Blanc, Gupta, Valiant, Valiant (COLT 2020)"
-NOISY, CLEAN = "#0b6e99", "#d1603d"  # one colour per arm, in every figure
+NOISY, CLEAN = BLUE, RED  # one colour per arm, in every figure
 DTYPE = torch.float64  # the drift per step is some 1e-6 of a parameter, which float32 would round to a handful of values
 CHUNK = 16  # steps per compiled call: long enough to hide the call (20 us), short enough to compile in seconds
 DRAW_BLOCK = 1024  # steps per key of the counter-based generator; part of the address, so changing it changes every run
@@ -447,10 +448,11 @@ class OnePoint(LabelNoise):
             ax.text(0.02, self.target, "label y", transform=ax.get_yaxis_transform(), va="bottom", fontsize=8)
             _mark_settling(ax, self)
         ax = axes[0, -1]
-        _curves(ax, outcome, "reg_over_floor", "reg / floor", _title(outcome, "reg falls to its floor", "reg over its floor"), seeds=[self.seed])
+        ends = _curves(ax, outcome, "reg_over_floor", "reg / floor", _title(outcome, "reg falls to its floor", "reg over its floor"), seeds=[self.seed])
         ax.axhline(1.0, color="black", lw=1, ls=":")
         ax.text(0.02, 0.98, "floor", transform=ax.get_yaxis_transform(), va="top", fontsize=9)
         _mark_settling(ax, self)
+        name_curves(ax, ends)
         return figure
 
 
@@ -605,12 +607,13 @@ class ReLU1D(LabelNoise):
         left.text(0.0, -0.05, "without", color=CLEAN, weight="bold", ha="center", va="top")
         left.text(0.0, -0.2, "1 seed" if self.num_seeds == 1 else f"{self.num_seeds} seeds each", color="0.4", ha="center", va="top", fontsize=8)
         title = _title(outcome, "and drives reg from where SGD leaves it down to the floor", "reg while training")
-        _curves(right, outcome, "reg", "reg = mean ‖∇f(xᵢ)‖²", title)
+        ends = _curves(right, outcome, "reg", "reg = mean ‖∇f(xᵢ)‖²", title)
         floor = _replicas(outcome)[0].problem.floor
         right.axhline(floor, color="black", lw=1, ls=":")
         right.text(0.02, 0.95 * floor, f"floor {floor:.2f}, by linear programming", transform=right.get_yaxis_transform(), va="top", fontsize=9)
         right.set_ylim(bottom=0.6 * floor)
         _mark_settling(right, self)
+        name_curves(right, ends)
         return figure
 
 
@@ -719,7 +722,7 @@ class MatrixSensing(LabelNoise):
         figure = Figure(figsize=(11, 4.2), layout="constrained")
         left, right = figure.subplots(1, 2)
         title = _title(outcome, "Label noise finds the matrix; plain SGD stops short", "Distance to the truth")
-        _curves(left, outcome, "distance", "‖UU′ − X*‖ / ‖X*‖", title)
+        name_curves(left, _curves(left, outcome, "distance", "‖UU′ − X*‖ / ‖X*‖", title))
         _mark_settling(left, self)
         top = min(self.dim, 10)
         for replica in _replicas(outcome):
@@ -744,13 +747,13 @@ def _title(outcome: Outcome, finding: str, subject: str) -> str:
     return finding if outcome.holds else f"{subject} (not all claims hold)"
 
 
-def _curves(ax: Axes, outcome: Outcome, column: str, label: str, title: str, seeds: list[int] | None = None) -> None:
-    """A column over the steps, log-log, one line per seed, each arm named at its end."""
+def _curves(ax: Axes, outcome: Outcome, column: str, label: str, title: str, seeds: list[int] | None = None) -> list[tuple[float, str, str]]:
+    """A column over the steps, log-log, one line per seed; where each arm ends, to name it there."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     frame = outcome.metrics[outcome.metrics["step"] > 0]
     frame = frame if seeds is None else frame[frame["seed"].isin(seeds)]
-    named: list[float] = []
+    ends = []
     setting = outcome.setting
     assert isinstance(setting, LabelNoise)
     for arm in setting.arms():
@@ -758,15 +761,12 @@ def _curves(ax: Axes, outcome: Outcome, column: str, label: str, title: str, see
         curves = [rows for _, rows in frame[frame["arm"] == arm.name].groupby("seed")]
         for rows in curves:
             ax.plot(rows["step"], rows[column], color=colour, lw=1.3, ls="--" if arm.variant == "logistic" else "-", alpha=0.8)
-        end = float(np.exp(np.mean([np.log(rows[column].iloc[-1]) for rows in curves])))
-        while any(abs(math.log(end / other)) < 0.13 for other in named):
-            end *= 1.14  # a name that would lie on another moves up
-        named.append(end)
-        ax.annotate(arm.name, (1.01, end), xycoords=("axes fraction", "data"), color=colour, va="center", fontsize=9, annotation_clip=False)
+        ends.append((float(np.exp(np.mean([np.log(rows[column].iloc[-1]) for rows in curves]))), arm.name, colour))
     ax.set(xscale="log", yscale="log", xlabel="step", ylabel=label, title=title, xlim=(min(4, setting.steps / 2), setting.steps))
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
+    return ends
 
 
 def _mark_settling(ax: Axes, setting: LabelNoise) -> None:

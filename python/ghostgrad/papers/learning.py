@@ -22,6 +22,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 import ghostgrad as gg
 
 from ..training import Claim, Clock, GridRun, MeanClaim, Outcome
+from .figures import BLUE, GREEN, GREY, OCHRE, RED
 from .image_setting import DTYPE, ImageSetting, Split, accuracy, built, fit, perceptron
 
 if TYPE_CHECKING:
@@ -235,7 +236,7 @@ class RehearsalFree(ImageSetting):
 
         figure = Figure(figsize=(12, 4.4), layout="constrained")
         axes = figure.subplots(1, 3, width_ratios=(1, 1, 1))
-        frame, colours = outcome.metrics, dict(zip(PENALTIES, ("#8a8a8a", "#0b6e99", "#d1603d", "#b8860b", "#4f9d69"), strict=True))
+        frame, colours = outcome.metrics, dict(zip(PENALTIES, (GREY, BLUE, RED, OCHRE, GREEN), strict=True))
         for ax, origin in zip(axes, STARTS):
             for penalty, colour in colours.items():
                 means = frame[frame["arm"] == f"{origin}, {penalty}"].groupby("classes")["accuracy"].mean()
@@ -445,7 +446,7 @@ class SparseGroupLasso(ImageSetting):
 
         figure = Figure(figsize=(11, 4.4), layout="constrained")
         left, right = figure.subplots(1, 2)
-        frame, colours = outcome.metrics, dict(zip(PROX, ("#8a8a8a", "#d1603d", "#0b6e99", "#4f9d69"), strict=True))
+        frame, colours = outcome.metrics, dict(zip(PROX, (GREY, RED, BLUE, GREEN), strict=True))
         dense = frame[frame["arm"] == "no penalty"]["accuracy"].mean()
         for arm, colour in colours.items():
             rows = frame[frame["arm"] == arm]

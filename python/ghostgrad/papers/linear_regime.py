@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import ghostgrad as gg
 
 from ..training import Claim, Clock, ClosedForm, GridRun, MeanClaim, Outcome, Setting, philox
+from .figures import BLUE, GREY, OCHRE, RED, SKY, name_curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,19 +89,6 @@ def _descend(
             optimizer.zero_grad()
             loss_fn(output, y).backward()
             optimizer.step()
-
-
-def _names(
-    ax: Axes,
-    names: list[tuple[str, float, str]],  # text, height on the logarithmic axis, colour
-    gap: float = 0.06,  # of the axis, at least
-) -> None:
-    """Names at the right of where their curves end, moved apart where they would lie on each other."""
-    low, high = np.log(ax.get_ylim())
-    reached = -math.inf
-    for text, height, colour in sorted(names, key=lambda name: name[1]):
-        reached = max((math.log(height) - low) / (high - low), reached + gap)
-        ax.annotate(text, (1.01, reached), xycoords="axes fraction", color=colour, va="center", fontsize=9, annotation_clip=False)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ benign overfitting
@@ -323,15 +311,15 @@ class BenignOverfitting(Setting):
 
         figure = Figure(figsize=(11, 4.4), layout="constrained")
         left, right = figure.subplots(1, 2)
-        colours = dict(zip(self.BENIGN + self.HARMFUL, ("#0b6e99", "#67b2cf", "#b8860b", "#d1603d"), strict=True))
-        ends: dict[Axes, list[tuple[str, float, str]]] = {left: [], right: []}
+        colours = dict(zip(self.BENIGN + self.HARMFUL, (BLUE, SKY, OCHRE, RED), strict=True))
+        ends: dict[Axes, list[tuple[float, str, str]]] = {left: [], right: []}
         for arm, colour in colours.items():
             rows = outcome.metrics[outcome.metrics["arm"] == arm]
             mean = rows.groupby("n").mean(numeric_only=True)
             for ax, dots, line in ((left, "excess", "excess_limit"), (right, "ratio", "ratio")):
                 ax.plot(rows["n"], rows[dots], "o", color=colour, ms=3.5, alpha=0.5, mew=0)
                 ax.plot(mean.index, mean[line], color=colour, lw=1.4)
-                ends[ax].append((arm + " (k* > n)" * (ax is right and arm == "power"), mean[line].iloc[-1], colour))
+                ends[ax].append((mean[line].iloc[-1], arm + " (k* > n)" * (ax is right and arm == "power"), colour))
         right.axhspan(9 / 121, 8, color="0.92", zorder=0)
         right.text(0.03, 0.9, "derived bounds, 9/121 to 8", transform=right.transAxes, va="top", fontsize=9, color="0.4")
         title = "Fitted noise fades, or stays: the spectrum decides" if outcome.holds else "Excess risk of the least-norm interpolator"
@@ -343,7 +331,7 @@ class BenignOverfitting(Setting):
         for ax in (left, right):
             ax.set_xticks(self.sizes, [str(n) for n in self.sizes])
             ax.minorticks_off()
-            _names(ax, ends[ax])
+            name_curves(ax, ends[ax])
         return figure
 
 
@@ -422,7 +410,7 @@ class LinearRegime(Setting):
 
     SLOPES: ClassVar[dict[str, float]] = {"random signs": -1.0, "one sign": -0.5, "scaled": -1.0}
     ARMS: ClassVar[tuple[str, ...]] = (*SLOPES, "ReLU")
-    COLOURS: ClassVar[dict[str, str]] = {"random signs": "#0b6e99", "one sign": "#d1603d", "ReLU": "#b8860b", "scaled": "#8a8a8a"}
+    COLOURS: ClassVar[dict[str, str]] = {"random signs": BLUE, "one sign": RED, "ReLU": OCHRE, "scaled": GREY}
     STRONGEST: ClassVar[int] = 3  # eigenvectors whose decay is measured
 
     num_seeds: int = 16
@@ -559,12 +547,12 @@ class LinearRegime(Setting):
                 mean = np.exp(np.log(rows.set_index("scale")[column]).groupby("scale").mean())
                 ax.plot(rows["scale"], rows[column], "o", color=colour, ms=3, alpha=0.35, mew=0)
                 ax.plot(mean.index, mean.iloc[0] * (mean.index / mean.index[0]) ** slope, color=colour, lw=1.4)
-                names.append((f"{arm}\n$m^{{{slope:.2g}}}$" + ("" if arm in self.SLOPES else ", fitted"), mean.iloc[-1], colour))
+                names.append((mean.iloc[-1], f"{arm}\n$m^{{{slope:.2g}}}$" + ("" if arm in self.SLOPES else ", fitted"), colour))
             ax.set(xscale="log", yscale="log", xlabel="width m", ylabel=label)
             ticks = sorted(frame[frame["arm"] == "ReLU"]["scale"].unique())
             ax.set_xticks(ticks, [str(m) for m in ticks])
             ax.minorticks_off()
-            _names(ax, names, 0.11)
+            name_curves(ax, names)
         good = all(v.holds for v in slopes)
         figure.axes[0].set_title("Wide networks train as their tangents, at the derived rates" if good else "Distance to the linearised network")
         figure.axes[1].set_title("Change of the tangent kernel")
@@ -792,13 +780,13 @@ class GeneralisationDynamics(Setting):
 
         figure = Figure(figsize=(11, 4.4), layout="constrained")
         left, right = figure.subplots(1, 2)
-        colours = dict(zip((*self.ALPHAS, self.LARGE), ("#67b2cf", "#0b6e99", "#d1603d", "#b8860b", "#8a8a8a", "#0b6e99"), strict=True))
+        colours = dict(zip((*self.ALPHAS, self.LARGE), (SKY, BLUE, RED, OCHRE, GREY, BLUE), strict=True))
         names, frame = [], outcome.metrics[outcome.metrics["time"] > 0]
         for arm, colour in colours.items():
             mean = frame[frame["arm"] == arm].groupby("time").mean(numeric_only=True)
             left.plot(mean.index, mean["error"], "o", color=colour, ms=3, mew=0, alpha=0.7)
             left.plot(mean.index, mean["error_limit"], color=colour, lw=1.4, ls="--" if arm == self.LARGE else "-")
-            names.append((arm, float(mean["error_limit"].iloc[-1]), colour))
+            names.append((float(mean["error_limit"].iloc[-1]), arm, colour))
         alphas = np.geomspace(0.2, 5, 81)
         last, grid = round(self.time / self.lr), self.readings
         curves = [[self.formula(a, self.start_deviation, k, lambda term, a=a: marchenko_pastur(a, term)) for k in grid[::2]] for a in alphas]  # type: ignore[misc]
@@ -809,7 +797,7 @@ class GeneralisationDynamics(Setting):
             right.plot([alpha] * len(values), values, "o", color=colours[arm], ms=4, mew=0, alpha=0.7)
         good = outcome.holds
         left.set(xscale="log", yscale="log", xlabel="time t = steps × h", ylabel="test error E_g")
-        _names(left, names)
+        name_curves(left, names)
         left.set_title("Runs follow the formula" if good else "Test error, runs (dots) and Marchenko-Pastur integral")
         right.set(xscale="log", xlabel="α = samples per weight", ylabel=f"overtraining, E_g({self.time:g}) / least E_g")
         right.set_title("Overtraining is worst at α = 1" if good else "Overtraining")
@@ -971,23 +959,23 @@ class ReLUStudent(Setting):
         figure = Figure(figsize=(11, 4.4), layout="constrained")
         left, right = figure.subplots(1, 2)
         frame = outcome.metrics[outcome.metrics["steps"] > 0]
-        colours = dict(zip(self.WIDTHS, ("#67b2cf", "#0b6e99", "#d1603d", "#b8860b", "#8a8a8a"), strict=True))
+        colours = dict(zip(self.WIDTHS, (SKY, BLUE, RED, OCHRE, GREY), strict=True))
         curves, widths = [], []
         for arm, colour in colours.items():
             logs = np.log(frame[frame["arm"] == arm].set_index("steps")["error"])
             mean = np.exp(logs.groupby("steps").mean())
             left.plot(mean.index, mean, color=colour, lw=1.6)
-            curves.append((arm, mean.iloc[-1], colour))
+            curves.append((mean.iloc[-1], arm, colour))
         last = frame[frame["steps"] == self.steps]
         for column, colour, name in (
-            ("error", "#d1603d", "last, from 0"),
-            ("error_large", "#8a8a8a", "last, large start"),
-            ("least_error", "#0b6e99", "stopped in time"),
+            ("error", RED, "last, from 0"),
+            ("error_large", GREY, "last, large start"),
+            ("least_error", BLUE, "stopped in time"),
         ):
             mean = np.exp(np.log(last.set_index("units")[column]).groupby("units").mean())
             right.plot(last["units"] / self.samples, last[column], "o", color=colour, ms=3, alpha=0.35, mew=0)
             right.plot(mean.index / self.samples, mean, color=colour, lw=1.6)
-            widths.append((name, mean.iloc[-1], colour))
+            widths.append((mean.iloc[-1], name, colour))
         good = outcome.holds
         left.set(xscale="log", yscale="log", xlabel="steps of gradient descent", ylabel="test error E_g")
         left.set_title("Overtraining is worst at as many units as samples" if good else "Test error over time")
@@ -995,6 +983,6 @@ class ReLUStudent(Setting):
         right.set_title("Stopped in time, wider is better" if good else "Test error against width")
         right.set_xticks(list(self.WIDTHS.values()), ["1/4", "1/2", "1", "2", "4"])
         right.minorticks_off()
-        _names(left, curves)
-        _names(right, widths)
+        name_curves(left, curves)
+        name_curves(right, widths)
         return figure

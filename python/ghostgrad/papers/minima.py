@@ -23,6 +23,7 @@ from torch.optim.swa_utils import update_bn
 import ghostgrad as gg
 
 from ..training import Claim, Clock, GridRun, MeanClaim, Outcome, philox
+from .figures import BLUE, GREY, RED
 from .image_setting import DTYPE, ImageSetting, Split, accuracy, built, fit, perceptron
 
 if TYPE_CHECKING:
@@ -275,10 +276,10 @@ class BadMinima(ImageSetting):
         for ax, bad in zip(axes, (False, True)):
             points, labels, said = self.toy(bad)
             ax.contourf(np.linspace(-2, 2, 200), np.linspace(-2, 2, 200), said, levels=(0, 0.5, 1), colors=("#f3d3c6", "#c8e0ea"))
-            for label, colour in enumerate(("#d1603d", "#0b6e99")):
+            for label, colour in enumerate((RED, BLUE)):
                 ax.plot(*points[labels == label].T, "o", color=colour, ms=4)
             ax.set(title=f"40 points in the plane,\n{'bad' if bad else 'random'} start", xlabel="x₁", ylabel="x₂", aspect="equal")
-        frame, colours = outcome.metrics, dict(zip(self.ARMS, ("#8a8a8a", "#d1603d", "#b5b5b5", "#0b6e99"), strict=True))
+        frame, colours = outcome.metrics, dict(zip(self.ARMS, (GREY, RED, "#b5b5b5", BLUE), strict=True))
         for place, arm in enumerate(self.ARMS):
             values = frame[frame["arm"] == arm]["accuracy"]
             axes[2].plot([place] * len(values), values, "o", color=colours[arm], ms=5, alpha=0.7, mew=0)
@@ -306,7 +307,7 @@ class BadMinima(ImageSetting):
         ratios = {label: by_arm["bad start"][column] / by_arm["random start"][column] for column, label in columns.items()}
         ratios["path norm"] = np.exp(by_arm["bad start"]["log_path_norm"] - by_arm["random start"]["log_path_norm"])
         for place, values in enumerate(ratios.values()):
-            ax.plot(values, [-place] * len(values), "o", color="#d1603d", ms=5, alpha=0.7, mew=0)
+            ax.plot(values, [-place] * len(values), "o", color=RED, ms=5, alpha=0.7, mew=0)
         ax.axvline(1, color="black", lw=0.8, ls=":")
         ax.set_yticks([-place for place in range(len(ratios))], list(ratios))
         ax.set(xscale="log", xlabel="bad start / random start", title="At one training loss")
@@ -480,7 +481,7 @@ class SharedAttention(ImageSetting):
 
         figure = Figure(figsize=(14, 4), layout="constrained")
         *axes, right = figure.subplots(1, 4)
-        frame, colours = outcome.metrics, dict(zip(self.UNITS, ("#8a8a8a", "#0b6e99"), strict=True))
+        frame, colours = outcome.metrics, dict(zip(self.UNITS, (GREY, BLUE), strict=True))
         last = frame.drop_duplicates(["arm", "seed"], keep="last")
         for place, (ax, body) in enumerate(zip(axes, self.BODIES, strict=True)):
             for shift, (unit, colour) in zip((-0.12, 0.12), colours.items(), strict=True):

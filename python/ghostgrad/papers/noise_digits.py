@@ -33,6 +33,7 @@ from torch.optim.swa_utils import update_bn
 import ghostgrad as gg
 
 from ..training import Claim, Clock, MeanClaim, Outcome, Setting, Trainee, TrainingRun, batches
+from .figures import BLUE, GREEN, RED
 from .images import ImageDataError, Images, data_used, load_images
 from .noise_stability import AUTHORS, TITLE
 
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["METHODS", "NoiseDigits", "mlp", "resnet"]
 
 METHODS = {"SGD": 1, "one-point": 1, "two-point": 2, "SAM": 2}  # gradients per step
-COLOURS = {"SGD": "#d1603d", "one-point": "#4f9d69", "two-point": "#0b6e99", "SAM": "#7a7a7a"}
+COLOURS = {"SGD": RED, "one-point": GREEN, "two-point": BLUE, "SAM": "#7a7a7a"}
 PAPER_TRACE, PAPER_EIGENVALUE = -0.158, -0.097  # what the paper reports, relative to SGD
 CHUNK = 1024  # images per forward pass where no gradient is needed; each counts alike in the batch statistics
 

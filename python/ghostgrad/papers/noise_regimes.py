@@ -22,6 +22,7 @@ from torch.nn.functional import relu
 import ghostgrad as gg
 
 from ..training import Claim, Clock, ClosedForm, GridRun, MeanClaim, Outcome, Setting, batches
+from .figures import BLUE, GREEN, RED
 from .images import data_used, load_images
 
 if TYPE_CHECKING:
@@ -328,17 +329,17 @@ class Perceptron(Setting):
         figure = Figure(figsize=(16, 4.6), layout="constrained")
         left, second, third, right = figure.subplots(1, 4)
         frame = outcome.metrics
-        colours = dict(zip((f"χ = {chi}" for chi in self.CHIS), ("#d1603d", "#0b6e99", "#4f9d69"), strict=True))
+        colours = dict(zip((f"χ = {chi}" for chi in self.CHIS), (RED, BLUE, GREEN), strict=True))
         frame = frame.assign(log_signal=np.log(frame["signal"] * self.alpha), log_noise=np.log(frame["noise"] * self.alpha), log_time=np.log(frame["time"]))
         middle = frame[frame["arm"] == "χ = 1"]
         numbers = sorted(middle["size"].unique())
         for size, shade in zip(numbers, np.linspace(0.35, 1, len(numbers)), strict=True):
             means = np.exp(middle[middle["size"] == size].groupby("temperature")[["log_signal", "log_noise"]].mean())
             x = means.index.to_numpy() * self.alpha
-            left.plot(x, means["log_signal"], "o-", color="#0b6e99", ms=3, lw=1.2, alpha=shade)
+            left.plot(x, means["log_signal"], "o-", color=BLUE, ms=3, lw=1.2, alpha=shade)
             left.plot(x, means["log_noise"], "o-", color="#7a7a7a", ms=3, lw=1.2, alpha=shade)
             left.annotate(f"{size:,}", (x[-1], means["log_signal"].iloc[-1]), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7)
-        left.text(0.05, 0.72, "signal α|w₁|, by P", color="#0b6e99", transform=left.transAxes, fontsize=9)
+        left.text(0.05, 0.72, "signal α|w₁|, by P", color=BLUE, transform=left.transAxes, fontsize=9)
         left.text(0.3, 0.1, "noise α|w⊥|", color="#7a7a7a", transform=left.transAxes, fontsize=9)
         left.set(
             xscale="log",
@@ -578,7 +579,7 @@ class PhaseDiagram(Setting):
         left, middle, right = figure.subplots(1, 3)
         frame = outcome.metrics
         whole = frame[frame["size"] == frame["size"].max()]
-        for arm, colour in zip(self.SCALES, ("#0b6e99", "#4f9d69", "#d1603d"), strict=True):
+        for arm, colour in zip(self.SCALES, (BLUE, GREEN, RED), strict=True):
             rows = whole[whole["arm"] == arm]
             for ax, column, factor in ((left, "drift", 1.0), (right, "error", 100.0)):
                 by_seed = rows.pivot(index="temperature", columns="seed", values=column) * factor
@@ -591,8 +592,8 @@ class PhaseDiagram(Setting):
             mean = lazy[lazy["size"] == size].groupby("temperature")["change"].mean()
             mean /= mean.index
             most = max(most, mean.max())
-            middle.plot(mean.index, mean, "o-", color="#0b6e99", lw=1.6, ms=4, alpha=shade)
-            middle.annotate(f"{size} images", (mean.index[0], mean.iloc[0]), xytext=(-4, 5), textcoords="offset points", color="#0b6e99", fontsize=9)
+            middle.plot(mean.index, mean, "o-", color=BLUE, lw=1.6, ms=4, alpha=shade)
+            middle.annotate(f"{size} images", (mean.index[0], mean.iloc[0]), xytext=(-4, 5), textcoords="offset points", color=BLUE, fontsize=9)
         left.axhline(0.5, color="black", lw=0.8, ls=":")
         titles = ("Noise makes the lazy network leave its kernel", "Lazy: weights move in proportion to T")
         held = {v.claim.column: v.holds for v in outcome.verdicts}

@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy
 import ghostgrad as gg
 
 from ..training import Claim, Clock, GridRun, MeanClaim, Outcome, Setting, Trainee, TrainingRun, batches, reading_steps
+from .figures import BLUE, GREY, OCHRE, RED, SKY, name_curves
 from .images import data_used
 from .label_noise import statistical_dimension
 from .tour import digits
@@ -244,30 +245,24 @@ class MatrixSensing(Setting):
         self._curves(
             left, frame, "distance", "‖WW′ − X*‖ / ‖X*‖", "Noise finds the matrix; GD and SGD stop at the first fit" if finding else "Distance to the truth"
         )
-        self._curves(middle, frame, "trace_by_norms", "½ mean ‖∇f(Aᵢ)‖²", "down the Hessian's trace" if finding else "The Hessian's trace at zero error")
         truth = outcome.metrics["trace_by_norms"] / outcome.metrics["trace_over_truth"]
         middle.axhline(truth.mean(), color="black", lw=1, ls=":")
+        self._curves(middle, frame, "trace_by_norms", "½ mean ‖∇f(Aᵢ)‖²", "down the Hessian's trace" if finding else "The Hessian's trace at zero error")
         middle.text(0.02, 0.96 * truth.mean(), "the truth's", transform=middle.get_yaxis_transform(), va="top", fontsize=9)
         noisy = frame[~frame["arm"].isin(["GD", "SGD"])]
         self._curves(right, noisy, "loss", "training loss", "Two points pay the least for it" if finding else "Training loss")
         return figure
 
     def _curves(self, ax: Axes, frame: Any, column: str, label: str, title: str) -> None:
-        colours = dict(zip(self.ARMS, ("#8a8a8a", "#d1603d", "#b8860b", "#67b2cf", "#0b6e99"), strict=True))
-        ends: list[float] = []
-        for arm in sorted(frame["arm"].unique(), key=lambda arm: float(frame[frame["arm"] == arm][column].iloc[-1])):
+        colours = dict(zip(self.ARMS, (GREY, RED, OCHRE, SKY, BLUE), strict=True))
+        ends = []
+        for arm in frame["arm"].unique():
             curves = [rows for _, rows in frame[frame["arm"] == arm].groupby("seed")]
             for rows in curves:
                 ax.plot(rows["step"], rows[column], color=colours[arm], lw=1.4, alpha=0.85)
-            end = float(np.exp(np.mean([np.log(rows[column].iloc[-1]) for rows in curves])))
-            ends.append(max(end, ends[-1] * self._gap(frame[column]) if ends else 0.0))  # names that would lie on each other move apart
-            ax.annotate(arm, (1.01, ends[-1]), xycoords=("axes fraction", "data"), color=colours[arm], va="center", fontsize=9, annotation_clip=False)
+            ends.append((float(np.exp(np.mean([np.log(rows[column].iloc[-1]) for rows in curves]))), arm, colours[arm]))
         ax.set(xscale="log", yscale="log", xlabel="step", ylabel=label, title=title, xlim=(min(4, self.steps / 2), self.steps))
-
-    @staticmethod
-    def _gap(values: Any) -> float:
-        """A twentieth of the axis."""
-        return float((values.max() / values.min()) ** 0.05)
+        name_curves(ax, ends)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------- quantisation
@@ -430,8 +425,8 @@ class Quantisation(Setting):
 
         figure = Figure(figsize=(12, 4.6), layout="constrained")
         left, right = figure.subplots(1, 2)
-        frame = outcome.metrics
-        for arm, colour in (("plain", "#d1603d"), ("with noise", "#0b6e99")):
+        frame, ends = outcome.metrics, []
+        for arm, colour in (("plain", RED), ("with noise", BLUE)):
             rows = frame[frame["arm"] == arm]
             for b in self.BITS:
                 left.plot(rows[f"predicted_{b}"], rows[f"noise_{b}"], "o", color=colour, ms=5, alpha=0.8, mew=0)
@@ -440,7 +435,7 @@ class Quantisation(Setting):
             accuracy = rows[["accuracy", *(f"accuracy_{b}" for b in self.BITS)]].to_numpy().T  # (1 + bits, seeds)
             right.plot(accuracy, color=colour, lw=0.8, alpha=0.4)
             right.plot(accuracy.mean(1), "o-", color=colour, lw=2)
-            right.annotate(arm, (1.01, accuracy[-1].mean()), xycoords=("axes fraction", "data"), color=colour, va="center", annotation_clip=False)
+            ends.append((accuracy[-1].mean(), arm, colour))
         for b in self.BITS:
             middle = float(np.exp(np.log(frame[f"predicted_{b}"]).mean()))
             left.annotate(f"{b} bits", (middle, middle / 12), ha="center", fontsize=9, color="0.3")
@@ -452,4 +447,5 @@ class Quantisation(Setting):
         title = "Trained with noise, a network stands coarser weights" if outcome.holds else "Test accuracy after rounding"
         right.set(ylabel="test accuracy", xlabel="bits per weight", title=title)
         right.set_xticks(range(len(self.BITS) + 1), ["not rounded", *map(str, self.BITS)])
+        name_curves(right, ends)
         return figure

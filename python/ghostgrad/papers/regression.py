@@ -36,6 +36,7 @@ from torch import Tensor, nn
 import ghostgrad as gg
 
 from ..training import Claim, Clock, ClosedForm, GridRun, MeanClaim, Outcome, Setting
+from .figures import BLUE, GREEN, GREY, OCHRE, RED, name_curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -142,17 +143,6 @@ def linear(
 
 def half_squared(outputs: Tensor, labels: Tensor) -> Tensor:
     return 0.5 * (outputs.squeeze(1) - labels).square().sum()
-
-
-def name_curves(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """(last value, name, colour) of each curve: the name stands beside its end, or above the name below, if they would lie on each other."""
-    low, high = ax.transScale.transform([(1, y) for y in ax.get_ylim()])[:, 1]
-    taken = -math.inf
-    for value, name, colour in sorted(ends):
-        height = 0.04 * len(name.splitlines())
-        place = max(float((ax.transScale.transform((1, value))[1] - low) / (high - low)), taken + height)
-        ax.annotate(name, (1.01, place), xycoords="axes fraction", color=colour, va="center", fontsize=9, annotation_clip=False)
-        taken = place + height - 0.03
 
 
 def averaged(rows: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -413,24 +403,23 @@ class ModelCollapse(Setting):
             return float(curve.iloc[-1])
 
         trace, line = float(spectrum(self.dim, self.decay).sum()), "least squares"
-        red, blue, green, grey = "#d1603d", "#0b6e99", "#4f9d69", "#8a8a8a"
         ends = [
-            (draw(left, line, "error", red), "error", red),
-            (draw(left, line, "clean_sqnorms", blue, trace), "r²|x|² / tr Σ,\ntrue labels", blue),
-            (draw(left, line, "own_sqnorms", grey, trace), "r²|x|² / tr Σ,\nits own labels", grey),
+            (draw(left, line, "error", RED), "error", RED),
+            (draw(left, line, "clean_sqnorms", BLUE, trace), "r²|x|² / tr Σ,\ntrue labels", BLUE),
+            (draw(left, line, "own_sqnorms", GREY, trace), "r²|x|² / tr Σ,\nits own labels", GREY),
         ]
         title = "A model's own samples do not show its collapse" if all(holds[:6]) else "Least squares"
         left.set(xlabel="generations n", ylabel="mean over samples and replicas", title=title, ylim=(0, None))
         name_curves(left, ends)
         ends = [
-            (draw(middle, "minimum norm", "error", red), f"|wₙ − w₀|²,\nnoise {self.generator_noise:g}", red),
-            (draw(middle, "minimum norm, no noise", "error", green), "|wₙ − w₀|²,\nno noise", green),
-            (draw(middle, "minimum norm, no noise", "kept", blue), "⟨wₙ, w₀⟩,\nno noise", blue),
+            (draw(middle, "minimum norm", "error", RED), f"|wₙ − w₀|²,\nnoise {self.generator_noise:g}", RED),
+            (draw(middle, "minimum norm, no noise", "error", GREEN), "|wₙ − w₀|²,\nno noise", GREEN),
+            (draw(middle, "minimum norm, no noise", "kept", BLUE), "⟨wₙ, w₀⟩,\nno noise", BLUE),
         ]
         title = "Fewer samples than dimensions: the signal dies" if all(holds[6:10]) else "Minimum norm"
         middle.set(xlabel="generations n", ylabel="relative to |w₀|²", title=title, ylim=(0, None))
         name_curves(middle, ends)
-        for arm, colour in zip(self.arms()[3:], (blue, red), strict=True):
+        for arm, colour in zip(self.arms()[3:], (BLUE, RED), strict=True):
             draw(right, arm, "error", colour, along="ridge")
             rows = frame[frame["arm"] == arm].sort_values("error_predicted")
             right.plot(rows["ridge"].iloc[0], rows["error_predicted"].iloc[0], "v", color=colour, ms=9)
@@ -640,7 +629,7 @@ class CollapseScaling(Setting):
         grid = np.geomspace(self.sizes[0], self.sizes[-1], 30)
         ends = []
         far = np.geomspace(self.LAW[0] / 10, self.LAW[-1], 13)
-        for arm, colour in zip(self.ARMS, ("#8a8a8a", "#d1603d", "#0b6e99", "#b8860b"), strict=True):
+        for arm, colour in zip(self.ARMS, (GREY, RED, BLUE, OCHRE), strict=True):
             rows = frame[frame["arm"] == arm]
             left.plot(rows["samples"], rows["error"], "o", color=colour, ms=4, alpha=0.6, mew=0)
             left.plot(grid, [self.predicted(arm, samples, self.dim) for samples in grid], color=colour, lw=1.3)
@@ -904,9 +893,9 @@ class MoreIsBetter(Setting):
         sizes = np.geomspace(self.sizes[0], self.sizes[-1], 4 * len(self.sizes) - 3)  # the sizes are among them
         ends = []
         for ax, arm, column, colour in (
-            (left, "features", "features", "#0b6e99"),
-            (left, "features, one small ridge", "features", "#d1603d"),
-            (middle, "samples", "samples", "#0b6e99"),
+            (left, "features", "features", BLUE),
+            (left, "features, one small ridge", "features", RED),
+            (middle, "samples", "samples", BLUE),
         ):
             rows = frame[frame["arm"] == arm]
             ax.plot(rows[column], rows["test"], "o", color=colour, ms=4, alpha=0.6, mew=0)
@@ -926,7 +915,7 @@ class MoreIsBetter(Setting):
         left.annotate("k = n", (self.samples, 1), xycoords=("data", "axes fraction"), xytext=(3, -10), textcoords="offset points", color="0.4", fontsize=9)
         title = "and so do more samples" if more else "At the best ridge of each size"
         middle.set(xscale="log", yscale="log", xlabel="samples n", ylabel="test error", title=title)
-        for relative, colour in zip(self.NOISES, ("#0b6e99", "#4f9d69", "#d1603d"), strict=True):
+        for relative, colour in zip(self.NOISES, (BLUE, GREEN, RED), strict=True):
             rows = frame[frame["arm"] == self.kernel_arm(relative)]
             noise = self.noise_of(relative)
             shares = np.linspace(self.RATIOS[0] ** 0.5, 0.93, 60)

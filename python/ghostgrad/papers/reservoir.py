@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import ghostgrad as gg
 
 from ..training import Claim, Clock, ClosedForm, GridRun, MeanClaim, Outcome, Setting, philox
+from .figures import BLUE, GREY, OCHRE, RED, SKY
 from .simulators import KuramotoSivashinsky
 
 if TYPE_CHECKING:
@@ -346,7 +347,7 @@ class LMNT(Setting):
 
         figure = Figure(figsize=(14.5, 4.6), layout="constrained")
         left, middle, right = figure.subplots(1, 3)
-        frame, colours = outcome.metrics, dict(zip(self.ARMS, ("#8a8a8a", "#b8860b", "#d1603d", "#67b2cf", "#0b6e99", "#5b7f4b"), strict=True))
+        frame, colours = outcome.metrics, dict(zip(self.ARMS, (GREY, OCHRE, RED, SKY, BLUE, "#5b7f4b"), strict=True))
         middle.set_yscale("log")
         for place, (arm, colour) in enumerate(colours.items()):
             rows = frame[frame["arm"] == arm]

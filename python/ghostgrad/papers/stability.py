@@ -40,6 +40,7 @@ from torch.nn.functional import normalize
 import ghostgrad as gg
 
 from ..training import Claim, Clock, ClosedForm, GridRun, MeanClaim, Outcome, Reading, Run, Setting, check_finite, philox
+from .figures import BLUE, OCHRE, RED, SKY
 from .label_noise import draws
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ PAPER = "Wu, Su (ICML 2023)"
 TITLE = "The Implicit Regularization of Dynamical Stability in Stochastic Gradient Descent"
 DTYPE = torch.float64  # losses end at 1e-20, and whether a minimum is left again is decided by what is left of them
 SGD, WARM, GD = "SGD", "SGD, warmed up", "GD"
-COLOURS = {SGD: "#0b6e99", WARM: "#67b2cf", GD: "#d1603d"}
+COLOURS = {SGD: BLUE, WARM: SKY, GD: RED}
 
 
 # -------------------------------------------------------------------------------------------------------------------------------------- the threshold
@@ -189,7 +190,7 @@ class Threshold(Setting):
 
         figure = Figure(figsize=(11, 4.2), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for arm, colour in zip(self.ARMS, ("#0b6e99", "#b8860b", "#d1603d"), strict=True):
+        for arm, colour in zip(self.ARMS, (BLUE, OCHRE, RED), strict=True):
             rows = outcome.metrics[outcome.metrics["arm"] == arm]
             left.plot(rows["spread"], rows["eta_trace"], "o", color=colour, label=arm)
             right.plot(rows["predicted"], rows["growth"], "o", color=colour)
