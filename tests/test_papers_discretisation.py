@@ -21,11 +21,11 @@ from ghostgrad.papers.discretisation import (
     field,
     flow,
     game,
-    half_squared,
     one_hot_squared,
     slope_and_drift,
     small_net,
 )
+from ghostgrad.papers.models import half_squared
 from ghostgrad.training import Clock, Setting, train
 
 

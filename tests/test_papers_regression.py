@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
+from ghostgrad.papers.models import linear
 from ghostgrad.papers.regression import (
     CollapseScaling,
     ModelCollapse,
@@ -20,7 +21,6 @@ from ghostgrad.papers.regression import (
     exponent,
     generator,
     inherited,
-    linear,
     spectrum,
     tuned,
 )

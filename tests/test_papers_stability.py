@@ -13,6 +13,7 @@ from torch import Tensor
 
 import ghostgrad as gg
 from ghostgrad.papers.label_noise import draws
+from ghostgrad.papers.models import half_squared
 from ghostgrad.papers.stability import (
     GD,
     SGD,
@@ -22,7 +23,6 @@ from ghostgrad.papers.stability import (
     LadderRun,
     Threshold,
     TwoLayerReLU,
-    half_squared,
     mean_square_map,
     mean_square_threshold,
 )

@@ -291,6 +291,12 @@ class Setting(ABC):
         """Of the setting's own fields: (field, whether its rule is kept, the rule in words)."""
         return []
 
+    def at_least(self, least: int, *fields: str) -> list[tuple[str, bool, str]]:
+        return [(field, getattr(self, field) >= least, f"at least {least}") for field in fields]
+
+    def positive(self, *fields: str) -> list[tuple[str, bool, str]]:
+        return [(field, 0 < getattr(self, field) < math.inf, "positive and finite") for field in fields]
+
     @classmethod
     def sized(cls, size: Size) -> Self:
         """With the fields of a size."""

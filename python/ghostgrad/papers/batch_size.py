@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,8 +25,9 @@ from torch.nn.functional import cross_entropy
 
 import ghostgrad as gg
 
-from ..training import Claim, Clock, ClosedForm, GridRun, MeanClaim, Outcome, Setting, batches, philox
+from ..training import Claim, Clock, ClosedForm, GridRun, MeanClaim, Outcome, Setting, philox
 from .figures import BLUE, GREEN, OCHRE, RED, name_curves
+from .image_setting import DTYPE, accuracy, built, fit, perceptron
 from .images import data_used, load_images
 
 if TYPE_CHECKING:
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["BatchHessian", "GhostBatchNorm", "TrainLonger", "deviation", "growth", "spiked_wigner"]
 
-DTYPE = torch.float64
 CHUNK = 256  # samples whose Hessian-vector products are held at once
 ALONE = "The learning rate is that of the small batch, and so a step of the large one has less noise; √B and ghost pieces bring back what is missing."
 DRIFT = (
@@ -79,7 +80,7 @@ class _OnImages(Setting):
     """Learning rate."""
 
     def rules(self) -> list[tuple[str, bool, str]]:
-        return [("image_size", self.image_size is None or self.image_size >= 1, "at least 1"), ("lr", 0 < self.lr < math.inf, "positive and finite")]
+        return [("image_size", self.image_size is None or self.image_size >= 1, "at least 1"), *self.positive("lr")]
 
     def data_used(self) -> str:
         return data_used(self.data)
@@ -194,12 +195,12 @@ class TrainLonger(_OnImages):
         powers = {self.small * self.ratio**k for k in range(64)} if self.ratio >= 2 else set()
         return [
             *super().rules(),
-            *((name, getattr(self, name) >= 2, "at least 2") for name in ("small", "ratio", "draws")),  # of one sample there is no batch normalisation
-            ("epochs", self.epochs >= 4, "at least 4"),
+            *self.at_least(2, "small", "ratio", "draws"),  # of one sample there is no batch normalisation
+            *self.at_least(4, "epochs"),
             ("large", self.large in powers and self.large > self.small, f"small={self.small} times a power of ratio={self.ratio}"),
             ("momentum", 0 <= self.momentum < 1, "at least 0 and below 1"),
-            ("width", self.width >= 1, "at least 1"),
-            ("warm_up", self.warm_up >= 0, "at least 0"),
+            *self.at_least(1, "width"),
+            *self.at_least(0, "warm_up"),
         ]
 
     @property
@@ -215,10 +216,7 @@ class TrainLonger(_OnImages):
         def layer(inputs: int) -> list[nn.Module]:
             return [nn.Linear(inputs, self.width), *([] if ghost is None else [GhostBatchNorm(self.width, ghost)]), nn.ReLU()]
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = nn.Sequential(*layer(data.x.shape[1]), *layer(self.width), nn.Linear(self.width, data.classes))
-        return model.to(data.x.device, DTYPE)
+        return built(seed, lambda: nn.Sequential(*layer(data.x.shape[1]), *layer(self.width), nn.Linear(self.width, data.classes)), data.x.device)
 
     def start(self, device: torch.device, compiled: bool) -> GridRun:
         load = functools.lru_cache(maxsize=1)(lambda seed: self.load(seed, device))
@@ -241,21 +239,25 @@ class TrainLonger(_OnImages):
         steps = [f"{kind}_{size}" for size in self.sizes for kind in ("with", "with_predicted", "without", "without_predicted", "scaled")]
         return dict.fromkeys([*names, *steps], math.nan)
 
-    def descend(self, seed: int, data: _Data, model: nn.Module, size: int, lr: float, updates: int, momentum: float, read: Callable[[int], object]) -> None:
+    def descend(
+        self,
+        seed: int,
+        data: _Data,
+        model: nn.Module,
+        size: int,
+        lr: float,
+        updates: int,
+        momentum: float,
+        between: Callable[[], None],
+        read: Callable[[int], object] = lambda k: None,
+    ) -> None:
         """``read(k)`` after update k. An incomplete batch at the end of an epoch is left out."""
         optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
-        per_epoch = len(data.y) // size
-        for k in range(updates):
-            epoch, number = divmod(k, per_epoch)
-            if number == 0:
-                order = batches(seed, epoch, len(data.y), size)
+        epochs = -(-updates // (len(data.y) // size))
+        for k in itertools.islice(fit(model, optimizer, data.x, data.y, seed=seed, epochs=epochs, batch=size, between=between), updates):
+            read(k)
             for group in optimizer.param_groups:
                 group["lr"] = lr * (1 if 2 * k < updates else 0.1 if 4 * k < 3 * updates else 0.01)
-            index = order[number].to(data.y.device)
-            optimizer.zero_grad()
-            cross_entropy(model(data.x[index]), data.y[index]).backward()
-            optimizer.step()
-            read(k + 1)
 
     def train(self, seed: int, data: _Data, size: int, lr: float, ghost: bool, equal: bool, between: Callable[[], None]) -> list[dict[str, float]]:
         updates = self.epochs * (len(data.y) // (self.small if equal else size))
@@ -264,21 +266,20 @@ class TrainLonger(_OnImages):
         marks = {round(t) for t in np.geomspace(1, updates // 2, 40)} | {updates}
 
         def read(k: int) -> None:
-            between()
             if k in marks:
                 distance = (_flat(model.parameters()) - first).norm().item()
                 rows.append(self.columns() | {"update": k, "distance": distance, "log_distance": math.log(distance)})
 
-        self.descend(seed, data, model, size, lr, updates, self.momentum, read)
+        self.descend(seed, data, model, size, lr, updates, self.momentum, between, read)
         model.eval()
         with torch.no_grad():
-            out, test = model(data.x), model(data.test_x)
+            out = model(data.x)
         early = [row for row in rows if row["update"] <= updates // 2]
         logarithm, power, exponent = growth(*(np.array([row[column] for row in early]) for column in ("update", "distance")))
         rows[-1] |= {
             "loss": cross_entropy(out, data.y).item(),
             "train_accuracy": (out.argmax(1) == data.y).double().mean().item(),
-            "accuracy": (test.argmax(1) == data.test_y).double().mean().item(),
+            "accuracy": accuracy(model, data.test_x, data.test_y),
             "r2_log": logarithm,
             "r2_power": power,
             "r2_difference": logarithm - power,
@@ -289,7 +290,7 @@ class TrainLonger(_OnImages):
     def steps(self, seed: int, data: _Data, clock: Clock, between: Callable[[], None]) -> list[dict[str, float]]:
         """``E |dw - E dw|^2`` of plain SGD steps, drawn with and without replacement, and what the norms say."""
         model, n = self.network(seed, data, None), len(data.y)
-        self.descend(seed, data, model, self.small, self.lr, self.warm_up * (n // self.small), 0.0, lambda k: between())
+        self.descend(seed, data, model, self.small, self.lr, self.warm_up * (n // self.small), 0.0, between)
         params = list(model.parameters())
 
         def gradient(index: Tensor) -> Tensor:
@@ -532,10 +533,7 @@ class BatchHessian(_OnImages):
         return [self.ratio**k for k in range(64) if self.ratio**k <= self.largest]
 
     def network(self, seed: int, data: _Data) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = nn.Sequential(nn.Linear(data.x.shape[1], self.width), nn.Tanh(), nn.Linear(self.width, data.classes))
-        return model.to(data.x.device, DTYPE)
+        return built(seed, lambda: perceptron([data.x.shape[1], self.width, data.classes], nn.Tanh), data.x.device)
 
     def start(self, device: torch.device, compiled: bool) -> GridRun:
         load = functools.lru_cache(maxsize=1)(lambda seed: self.load(seed, device))
@@ -598,16 +596,9 @@ class BatchHessian(_OnImages):
 
     @staticmethod
     def descend(model: nn.Module, data: _Data, seed: int, size: int, optimizer: torch.optim.Optimizer, steps: int, between: Callable[[], None]) -> None:
-        per_epoch = len(data.y) // size
-        for k in range(steps):
-            between()
-            epoch, number = divmod(k, per_epoch)
-            if number == 0:
-                order = batches(seed, epoch, len(data.y), size)
-            index = order[number].to(data.y.device)
-            optimizer.zero_grad()
-            cross_entropy(model(data.x[index]), data.y[index]).backward()
-            optimizer.step()
+        epochs = -(-steps // (len(data.y) // size))
+        for _ in itertools.islice(fit(model, optimizer, data.x, data.y, seed=seed, epochs=epochs, batch=size, between=between), steps):
+            pass
 
     def measure(self, point: _Point, rates: bool, seed: int, size: int, clock: Clock, between: Callable[[], None]) -> dict[str, float]:
         x, y, n = point.data.x, point.data.y, len(point.data.y)

@@ -18,6 +18,7 @@ import ghostgrad as gg
 
 from ..training import Claim, Clock, ClosedForm, MeanClaim, Outcome, Setting, Trainee, TrainingRun, reading_steps
 from .figures import BLUE, GREY, OCHRE, RED, name_curves
+from .models import half_squared
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -143,18 +144,13 @@ class BenignOscillation(Setting):
 
     def rules(self) -> list[tuple[str, bool, str]]:
         return [
-            ("follow_from", self.follow_from >= 1, "at least 1"),
+            *self.at_least(1, "follow_from", "read_every", "units"),
             ("follow_to", self.follow_to > self.follow_from, f"above follow_from={self.follow_from}"),
             ("steps", self.steps > self.follow_to, f"above follow_to={self.follow_to}"),
-            ("read_every", self.read_every >= 1, "at least 1"),
-            ("lr", 0 < self.lr < math.inf, "positive and finite"),
+            *self.positive("lr", "residual", "weak", "strong"),
             ("small_lr", 0 < self.small_lr < self.lr, f"positive and below lr={self.lr:g}"),
-            ("residual", 0 < self.residual < math.inf, "positive and finite"),
-            ("dim", self.dim >= 3, "at least 3"),
-            ("samples", self.samples >= 4, "at least 4"),
-            ("units", self.units >= 1, "at least 1"),
-            ("weak", 0 < self.weak < math.inf, "positive and finite"),
-            ("strong", 0 < self.strong < math.inf, "positive and finite"),
+            *self.at_least(3, "dim"),
+            *self.at_least(4, "samples"),
             ("share", 1 <= round(self.share * self.samples) < self.samples, "such that there are samples with v and without"),
             ("noise", self.noise > 0, "positive"),
             ("start_scale", self.start_scale > 0, "positive"),
@@ -225,13 +221,10 @@ class BenignOscillation(Setting):
         assert isinstance(model, PatchNet)
         u, v = (feature.to(data.x.device) for feature in self.features())
 
-        def half_square(output: Tensor, target: Tensor) -> Tensor:
-            return 0.5 * (output - target).square().mean()
-
         with clock:
             outputs = gg.output_sqnorms(model, data.x)
-            losses = gg.sqnorms(model, half_square, data.x, data.y)
-            sharpness = float(gg.top_eigenvalue(model, half_square, data.x, data.y, tol=1e-2))
+            losses = gg.sqnorms(model, half_squared, data.x, data.y)
+            sharpness = float(gg.top_eigenvalue(model, half_squared, data.x, data.y, tol=1e-2))
         f_u, f_v = model.learnt(u), model.learnt(v)
         unstable = (lr * outputs > 2).to(DTYPE)
         now = torch.stack([unstable[data.strong].mean(), unstable[~data.strong].mean(), outputs.new_tensor(lr * sharpness)])

@@ -34,7 +34,9 @@ import ghostgrad as gg
 
 from ..training import Claim, Clock, ClosedForm, GridRun, MeanClaim, Outcome, Setting
 from .figures import BLUE, GREEN, GREY, OCHRE, RED, SKY
+from .image_setting import accuracy, built, perceptron
 from .images import data_used, load_images
+from .models import half_squared
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -189,10 +191,6 @@ def descent(energy: Quadratic | Net, start: np.ndarray, h: float, steps: int) ->
     return np.stack(points)
 
 
-def half_squared(f: Tensor, y: Tensor) -> Tensor:
-    return 0.5 * (f - y).square().mean()
-
-
 def small_net(seed: int, n: int, width: int, steps: int) -> tuple[Net, np.ndarray]:
     """A regression in two dimensions, and where ``steps`` steps of gradient descent at rate 0.05 come to.
 
@@ -257,7 +255,7 @@ class Flows(Setting):
 
     def rules(self) -> list[tuple[str, bool, str]]:
         own = ("steps", "quadratic_steps", "minimum_steps", "width", "num_samples")
-        return [*((name, getattr(self, name) >= 1, "at least 1") for name in own), ("pretraining", self.pretraining >= 0, "at least 0")]
+        return [*self.at_least(1, *own), *self.at_least(0, "pretraining")]
 
     def start(self, device: torch.device, compiled: bool) -> GridRun:
         cells = [(f"quadratic, h = {h:g}", self.seed) for h in self.RATES]
@@ -403,8 +401,8 @@ class SGDDrift(Setting):
     def rules(self) -> list[tuple[str, bool, str]]:
         return [
             ("num_samples", 2 <= self.num_samples <= 7, "between 2 and 7"),
-            ("width", self.width >= 1, "at least 1"),
-            ("h", 0 < self.h < math.inf, "positive and finite"),
+            *self.at_least(1, "width"),
+            *self.positive("h"),
             ("coarser", self.coarser > 1, "above 1"),
         ]
 
@@ -539,9 +537,8 @@ class DriftAdjusted(Setting):
     def rules(self) -> list[tuple[str, bool, str]]:
         return [
             ("steps", self.steps >= self.readings, f"at least readings={self.readings}"),
-            ("readings", self.readings >= 4, "at least 4"),
-            ("train_size", self.train_size >= 1, "at least 1"),
-            ("width", self.width >= 1, "at least 1"),
+            *self.at_least(4, "readings"),
+            *self.at_least(1, "train_size", "width"),
             ("divisor", self.divisor > 0, "positive"),
         ]
 
@@ -555,9 +552,7 @@ class DriftAdjusted(Setting):
             images = load_images(source, seed=seed)
             x, test_x = (t.flatten(1).double().to(device) for t in (images.train_x[: self.train_size], images.test_x))
             y, test_y = images.train_y[: self.train_size].to(device), images.test_y.to(device)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model = nn.Sequential(nn.Linear(x.shape[1], self.width), nn.Tanh(), nn.Linear(self.width, len(images.classes))).double().to(device)
+            model = built(seed, lambda: perceptron([x.shape[1], self.width, len(images.classes)], nn.Tanh), device)
             return self.descend(arm, model, x, y, test_x, test_y, clock, between)
 
         arms = [self.ONE, self.HALF, self.SCALED, *(f"rate {h:g}" for h in self.RATES)]
@@ -588,9 +583,7 @@ class DriftAdjusted(Setting):
                 with clock:
                     top = abs(float(gg.top_eigenvalue(model, energy, x, y, which="LM", tol=1e-4)))
                     norms = gg.sqnorms(model, energy, x, y)
-                with torch.no_grad():
-                    accuracy = (model(test_x).argmax(1) == test_y).double().mean().item()
-                read = {"iteration": k, "loss": loss, "log_loss": math.log(loss), "accuracy": accuracy, "rate": rate, "lambda": top}
+                read = {"iteration": k, "loss": loss, "log_loss": math.log(loss), "accuracy": accuracy(model, test_x, test_y), "rate": rate, "lambda": top}
                 rows.append({**read, "rate_lambda": rate * top, "relative_drift": rate * bend / slope / 2, "mean_sqnorm": norms.mean().item()})
             with torch.no_grad():
                 torch._foreach_sub_(list(model.parameters()), g, alpha=rate)

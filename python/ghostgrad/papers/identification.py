@@ -15,12 +15,13 @@ import torch
 from numpy.typing import NDArray
 from scipy.linalg import solve_discrete_lyapunov
 from scipy.signal import lfilter
-from torch import Tensor, nn
+from torch import Tensor
 
 import ghostgrad as gg
 
 from ..training import Claim, Clock, ClosedForm, GridRun, Outcome, Setting, philox
 from .figures import BLUE, GREY, RED
+from .models import linear
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -112,11 +113,11 @@ class ARX(Setting):
     def rules(self) -> list[tuple[str, bool, str]]:
         return [
             ("order", 3 <= self.order <= 10, "between 3 and 10"),
-            ("noise", 0 < self.noise < math.inf, "positive and finite"),
-            ("longest", self.longest >= 1024, "at least 1024"),
-            ("most", self.most >= 256, "at least 256"),
+            *self.positive("noise"),
+            *self.at_least(1024, "longest"),
+            *self.at_least(256, "most"),
             ("length", self.length > 3 * self.order, f"above {3 * self.order}, three times order"),
-            ("repeats", self.repeats >= 2, "at least 2"),
+            *self.at_least(2, "repeats"),
         ]
 
     def sizes(self, arm: str) -> list[int]:
@@ -189,9 +190,7 @@ class ARX(Setting):
 
     def measure(self, fit: Array, phi: Array, y: Array, clock: Clock) -> dict[str, float]:
         """The library's numbers for one fitted model, on its data."""
-        model = nn.Linear(len(fit), 1, bias=False, dtype=torch.float64)
-        with torch.no_grad():
-            model.weight.copy_(torch.from_numpy(fit))
+        model = linear(torch.from_numpy(fit)[None])
         x, target = torch.from_numpy(phi.copy()), torch.from_numpy(y.copy())[:, None]
 
         def loss(out: Tensor, target: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,14 +58,8 @@ class ImageSetting(Setting):
         return [
             ("test_share", 0 < self.test_share < 1, "between 0 and 1"),
             ("image_size", self.image_size is None or self.image_size >= 1, "at least 1"),
-            ("train_images", self.train_images >= 2, "at least 2"),
+            *self.at_least(2, "train_images"),
         ]
-
-    def at_least_one(self, *fields: str) -> list[tuple[str, bool, str]]:
-        return [(name, getattr(self, name) >= 1, "at least 1") for name in fields]
-
-    def positive(self, *fields: str) -> list[tuple[str, bool, str]]:
-        return [(name, 0 < getattr(self, name) < math.inf, "positive and finite") for name in fields]
 
     def data_used(self) -> str:
         return data_used(self.data)

@@ -132,9 +132,8 @@ class LabelNoise(Setting):
 
     def rules(self) -> list[tuple[str, bool, str]]:
         return [
-            ("steps", self.steps >= 1, "at least 1"),
-            ("read_every", self.read_every >= 1, "at least 1"),
-            ("lr", 0 < self.lr < math.inf, "positive and finite"),
+            *self.at_least(1, "steps", "read_every"),
+            *self.positive("lr"),
             ("noise_variance", 0 <= self.noise_variance < math.inf, "at least 0 and finite"),
             ("settle", 0 <= self.settle <= 1, "between 0 and 1"),
         ]
@@ -372,8 +371,7 @@ class OnePoint(LabelNoise):
     def rules(self) -> list[tuple[str, bool, str]]:
         return [
             *super().rules(),
-            ("width", self.width >= 1, "at least 1"),
-            ("dim", self.dim >= 1, "at least 1"),
+            *self.at_least(1, "width", "dim"),
             ("input_sqnorm", self.input_sqnorm > 0, "positive"),
             ("target", self.target != 0, "other than 0, or there is nothing to share"),
         ]
@@ -557,7 +555,7 @@ class ReLU1D(LabelNoise):
     """Hidden units."""
 
     def rules(self) -> list[tuple[str, bool, str]]:
-        return [*super().rules(), ("width", self.width >= 1, "at least 1")]
+        return [*super().rules(), *self.at_least(1, "width")]
 
     @staticmethod
     def data() -> tuple[np.ndarray, np.ndarray]:
@@ -670,7 +668,7 @@ class MatrixSensing(LabelNoise):
         delta = statistical_dimension(self.dim, self.rank)
         return [
             *super().rules(),
-            ("dim", self.dim >= 1, "at least 1"),
+            *self.at_least(1, "dim"),
             ("rank", 1 <= self.rank <= self.dim, f"between 1 and dim={self.dim}"),
             (
                 "num_measurements",

@@ -121,7 +121,7 @@ class RehearsalFree(ImageSetting):
     def rules(self) -> list[tuple[str, bool, str]]:
         return [
             *super().rules(),
-            *self.at_least_one("width", "task_classes", "batch", "epochs", "pretrain_epochs"),
+            *self.at_least(1, "width", "task_classes", "batch", "epochs", "pretrain_epochs"),
             *self.positive("lr", "pretrain_lr"),
             ("strength", 0 <= self.strength < math.inf, "at least 0 and finite"),
         ]
@@ -349,9 +349,9 @@ class SparseGroupLasso(ImageSetting):
     def rules(self) -> list[tuple[str, bool, str]]:
         return [
             *super().rules(),
-            *self.at_least_one("width", "batch", "lambdas"),
+            *self.at_least(1, "width", "batch", "lambdas"),
             *self.positive("lr", "beta", "smallest", "target"),
-            ("epochs", self.epochs >= 5, "at least 5"),
+            *self.at_least(5, "epochs"),
             ("ratio", 1 < self.ratio < math.inf, "above 1 and finite"),
             ("growth", 1 <= self.growth < math.inf, "at least 1 and finite"),
         ]

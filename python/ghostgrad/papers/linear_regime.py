@@ -187,9 +187,9 @@ class BenignOverfitting(Setting):
     def rules(self) -> list[tuple[str, bool, str]]:
         return [
             ("largest", self.largest >= 160 and self.largest % 8 == 0, "a multiple of 8, at least 160"),
-            ("sigma", 0 < self.sigma < math.inf, "positive and finite"),
-            ("draws", self.draws >= 2, "at least 2"),
-            ("descent_steps", self.descent_steps >= 1, "at least 1"),
+            *self.positive("sigma"),
+            *self.at_least(2, "draws"),
+            *self.at_least(1, "descent_steps"),
         ]
 
     @property
@@ -430,9 +430,8 @@ class LinearRegime(Setting):
         return [
             ("largest", self.largest >= 64 and self.largest % 64 == 0, "a multiple of 64"),
             ("samples", self.samples >= self.STRONGEST, f"at least {self.STRONGEST}"),
-            ("dim", self.dim >= 2, "at least 2"),
-            ("tests", self.tests >= 1, "at least 1"),
-            ("steps", self.steps >= 1, "at least 1"),
+            *self.at_least(2, "dim"),
+            *self.at_least(1, "tests", "steps"),
         ]
 
     def network(self, arm: str, scale: int, seed: int) -> nn.Module:
@@ -640,8 +639,8 @@ class GeneralisationDynamics(Setting):
     def rules(self) -> list[tuple[str, bool, str]]:
         return [
             ("weights", self.weights >= 8 and self.weights % 4 == 0, "a multiple of 4, at least 8"),
-            ("tasks", self.tasks >= 1, "at least 1"),
-            ("noise", 0 < self.noise < math.inf, "positive and finite"),
+            *self.at_least(1, "tasks"),
+            *self.positive("noise"),
             ("start_deviation", 0 <= self.start_deviation <= 1, "between 0 and 1"),
             ("lr", 0 < self.lr <= 0.2, "between 0 and 0.2, or alpha = 4 diverges"),
             ("time", self.lr <= self.time < math.inf, f"at least one step of lr={self.lr:g}"),
@@ -862,13 +861,9 @@ class ReLUStudent(Setting):
     def rules(self) -> list[tuple[str, bool, str]]:
         return [
             ("samples", self.samples >= 8 and self.samples % 4 == 0, "a multiple of 4, at least 8"),
-            ("inputs", self.inputs >= 1, "at least 1"),
-            ("teacher_units", self.teacher_units >= 1, "at least 1"),
+            *self.at_least(1, "inputs", "teacher_units", "starts", "steps", "tests"),
             ("noise", 0 <= self.noise < math.inf, "at least 0 and finite"),
-            ("start_deviation", 0 < self.start_deviation < math.inf, "positive and finite"),
-            ("starts", self.starts >= 1, "at least 1"),
-            ("steps", self.steps >= 1, "at least 1"),
-            ("tests", self.tests >= 1, "at least 1"),
+            *self.positive("start_deviation"),
         ]
 
     @property

@@ -125,11 +125,11 @@ class BadMinima(ImageSetting):
     def rules(self) -> list[tuple[str, bool, str]]:
         return [
             *super().rules(),
-            *self.at_least_one("width", "batch", "copies", "confuse_epochs", "epochs", "regularised_epochs"),
+            *self.at_least(1, "width", "batch", "copies", "confuse_epochs", "epochs", "regularised_epochs"),
             *self.positive("confuse_lr", "lr", "target", "regularised_lr"),
             ("zeroed", 0 <= self.zeroed < 1, "at least 0 and below 1"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite"),
-            ("probes", self.probes >= 2, "at least 2"),
+            *self.at_least(2, "probes"),
         ]
 
     def confused(self, model: nn.Module, x: Tensor, classes: int, seed: int, between: Callable[[], None]) -> float:
@@ -402,8 +402,8 @@ class SharedAttention(ImageSetting):
     """Hessian-vector products for the trace."""
 
     def rules(self) -> list[tuple[str, bool, str]]:
-        rules = [*super().rules(), *self.at_least_one("width", "batch", "epochs"), *self.positive("lr")]
-        return [*rules, ("depth", self.depth >= 2, "at least 2"), ("probes", self.probes >= 2, "at least 2")]
+        rules = [*super().rules(), *self.at_least(1, "width", "batch", "epochs"), *self.positive("lr")]
+        return [*rules, *self.at_least(2, "depth", "probes")]
 
     def network(self, arm: str, data: Split, seed: int, device: torch.device) -> _Deep:
         body, unit = arm.split(", ")

@@ -178,9 +178,9 @@ class NoiseDigits(Setting):
     def rules(self) -> list[tuple[str, bool, str]]:
         return [
             ("gradients", self.gradients >= 4 and self.gradients % 2 == 0, "even and at least 4"),
-            *((name, getattr(self, name) >= 1, "at least 1") for name in ("batch_size", "mlp_width", "resnet_width", "trace_images")),
-            ("probes", self.probes >= 2, "at least 2"),
-            ("lr", 0 < self.lr < math.inf, "positive and finite"),
+            *self.at_least(1, "batch_size", "mlp_width", "resnet_width", "trace_images"),
+            *self.at_least(2, "probes"),
+            *self.positive("lr"),
             *((name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite") for name in ("weight_decay", "sigma", "rho")),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and below 1"),
             ("momentum", 0 <= self.momentum < 1, "at least 0 and below 1"),

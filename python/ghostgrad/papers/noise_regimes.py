@@ -166,9 +166,9 @@ class Perceptron(Setting):
     def rules(self) -> list[tuple[str, bool, str]]:
         sizes = [(f"sizes_{chi}", min(s, default=0) >= 4 * self.dim and len(set(s)) >= 2) for chi, s in zip(self.CHIS, self.sizes())]
         return [
-            ("dim", self.dim >= 2, "at least 2"),
-            ("alpha", 0 < self.alpha < math.inf, "positive and finite"),
-            ("batch", self.batch >= 1, "at least 1"),
+            *self.at_least(2, "dim"),
+            *self.positive("alpha"),
+            *self.at_least(1, "batch"),
             *((field, kept, f"two different numbers or more, each at least 4 dim = {4 * self.dim}") for field, kept in sizes),
         ]
 
@@ -458,12 +458,9 @@ class PhaseDiagram(Setting):
 
     def rules(self) -> list[tuple[str, bool, str]]:
         return [
-            ("hidden", self.hidden >= 1, "at least 1"),
-            ("depth", self.depth >= 1, "at least 1"),
+            *self.at_least(1, "hidden", "depth", "batch", "max_steps"),
             ("train_size", self.train_size >= 4 * self.batch, f"at least 4 batch = {4 * self.batch}"),
-            ("batch", self.batch >= 1, "at least 1"),
-            ("max_steps", self.max_steps >= 1, "at least 1"),
-            ("kernel_images", self.kernel_images >= 2, "at least 2"),
+            *self.at_least(2, "kernel_images"),
         ]
 
     def data_used(self) -> str:

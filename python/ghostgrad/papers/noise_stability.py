@@ -26,6 +26,7 @@ import ghostgrad as gg
 
 from ..training import Claim, Clock, GridRun, MeanClaim, Outcome, Setting, Trainee, TrainingRun, batches, reading_steps
 from .figures import BLUE, GREY, OCHRE, RED, SKY, name_curves
+from .image_setting import accuracy, built, perceptron
 from .images import data_used
 from .label_noise import statistical_dimension
 from .tour import digits
@@ -136,16 +137,13 @@ class MatrixSensing(Setting):
     def rules(self) -> list[tuple[str, bool, str]]:
         delta = statistical_dimension(self.dim, self.rank)
         return [
-            ("steps", self.steps >= 1, "at least 1"),
-            ("read_every", self.read_every >= 1, "at least 1"),
-            ("lr", 0 < self.lr < math.inf, "positive and finite"),
-            ("sigma", 0 < self.sigma < math.inf, "positive and finite"),
-            ("dim", self.dim >= 1, "at least 1"),
+            *self.at_least(1, "steps", "read_every", "dim"),
+            *self.positive("lr", "sigma"),
             ("rank", 1 <= self.rank <= self.dim, f"between 1 and dim={self.dim}"),
             ("num_measurements", 1 <= self.num_measurements < delta, f"at least 1 and below the statistical dimension {delta:g}"),
             ("batch", 1 <= self.batch <= self.num_measurements, f"between 1 and num_measurements={self.num_measurements}"),
             ("truth_trace", self.truth_trace > 0, "positive"),
-            ("probes", self.probes >= 2, "at least 2"),
+            *self.at_least(2, "probes"),
         ]
 
     def measurements(self, seed: int) -> _Measurements:
@@ -318,23 +316,18 @@ class Quantisation(Setting):
 
     def rules(self) -> list[tuple[str, bool, str]]:
         return [
-            ("epochs", self.epochs >= 1, "at least 1"),
-            ("lr", 0 < self.lr < math.inf, "positive and finite"),
-            ("hidden", self.hidden >= 1, "at least 1"),
-            ("width", 0 < self.width < math.inf, "positive and finite"),
+            *self.at_least(1, "epochs", "hidden"),
+            *self.positive("lr", "width"),
             ("train_size", 1 <= self.train_size <= 1700, "between 1 and 1700"),
             ("batch", 1 <= self.batch <= self.train_size, f"between 1 and train_size={self.train_size}"),
-            ("probes", self.probes >= 2, "at least 2"),
-            ("draws", self.draws >= 2, "at least 2"),
+            *self.at_least(2, "probes", "draws"),
         ]
 
     def data_used(self) -> str:
         return data_used("digits")
 
     def network(self, seed: int) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return nn.Sequential(nn.Linear(64, self.hidden), nn.Tanh(), nn.Linear(self.hidden, 10)).to(DTYPE)
+        return built(seed, lambda: perceptron([64, self.hidden, 10], nn.Tanh), torch.device("cpu"))
 
     def start(self, device: torch.device, compiled: bool) -> GridRun:
         x, y = (t.to(device) for t in digits())
@@ -375,13 +368,10 @@ class Quantisation(Setting):
         def loss(model: nn.Module = model) -> float:
             return cross_entropy(model(x), y).item()
 
-        def accuracy(model: nn.Module = model) -> float:
-            return (model(test_x).argmax(1) == test_y).double().mean().item()
-
         with clock:
             trace = gg.hessian_trace(lambda: cross_entropy(model(x), y), model, method="two_point_grad", probes=self.probes)
         here, largest = loss(), max(p.abs().max().item() for p in params)
-        row = {"loss": here, "accuracy": accuracy(), "trace": trace.mean, "trace_stderr": trace.stderr, "largest_weight": largest}
+        row = {"loss": here, "accuracy": accuracy(model, test_x, test_y), "trace": trace.mean, "trace_stderr": trace.stderr, "largest_weight": largest}
         for b in self.BITS:
             step = 2 * largest / 2**b
             rises = []
@@ -404,7 +394,7 @@ class Quantisation(Setting):
                 f"ratio_{b}": noise / predicted,
                 f"mismatch_{b}": abs(noise / predicted - 1),
                 f"rounded_{b}": loss(plain) - here,
-                f"accuracy_{b}": accuracy(plain),
+                f"accuracy_{b}": accuracy(plain, test_x, test_y),
             }
         return row
 
@@ -432,10 +422,10 @@ class Quantisation(Setting):
                 left.plot(rows[f"predicted_{b}"], rows[f"noise_{b}"], "o", color=colour, ms=5, alpha=0.8, mew=0)
                 positive = rows[rows[f"rounded_{b}"] > 0]
                 left.plot(positive[f"predicted_{b}"], positive[f"rounded_{b}"], "o", color=colour, ms=4, alpha=0.8, mfc="none")
-            accuracy = rows[["accuracy", *(f"accuracy_{b}" for b in self.BITS)]].to_numpy().T  # (1 + bits, seeds)
-            right.plot(accuracy, color=colour, lw=0.8, alpha=0.4)
-            right.plot(accuracy.mean(1), "o-", color=colour, lw=2)
-            ends.append((accuracy[-1].mean(), arm, colour))
+            share = rows[["accuracy", *(f"accuracy_{b}" for b in self.BITS)]].to_numpy().T  # (1 + bits, seeds)
+            right.plot(share, color=colour, lw=0.8, alpha=0.4)
+            right.plot(share.mean(1), "o-", color=colour, lw=2)
+            ends.append((share[-1].mean(), arm, colour))
         for b in self.BITS:
             middle = float(np.exp(np.log(frame[f"predicted_{b}"]).mean()))
             left.annotate(f"{b} bits", (middle, middle / 12), ha="center", fontsize=9, color="0.3")

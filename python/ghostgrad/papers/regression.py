@@ -37,6 +37,7 @@ import ghostgrad as gg
 
 from ..training import Claim, Clock, ClosedForm, GridRun, MeanClaim, Outcome, Setting
 from .figures import BLUE, GREEN, GREY, OCHRE, RED, name_curves
+from .models import linear
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -130,15 +131,6 @@ def generator(address: Sequence[int]) -> np.random.Generator:
 def normal(address: Sequence[int], *shape: int) -> Tensor:
     """Standard normal numbers."""
     return torch.from_numpy(generator(address).standard_normal(shape))
-
-
-def linear(
-    weight: Tensor,  # (outputs, inputs)
-) -> nn.Linear:
-    """A regressor as a model, for the library's calls."""
-    model = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    model.weight = nn.Parameter(weight)
-    return model
 
 
 def half_squared(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -242,16 +234,13 @@ class ModelCollapse(Setting):
 
     def rules(self) -> list[tuple[str, bool, str]]:
         return [
-            ("replicas", self.replicas >= 1, "at least 1"),
-            ("generations", self.generations >= 1, "at least 1"),
-            ("dim", self.dim >= 8, "at least 8"),
+            *self.at_least(1, "replicas", "generations", "ridge_samples"),
+            *self.at_least(8, "dim"),
             ("decay", 0 <= self.decay <= 2, "between 0 and 2"),
             ("samples", self.samples >= self.dim + 6, f"at least dim + 6 = {self.dim + 6}"),
             ("generator_samples", self.generator_samples >= self.dim + 6, f"at least dim + 6 = {self.dim + 6}"),
             ("narrow_samples", 1 <= self.narrow_samples <= self.dim - 6, f"between 1 and dim - 6 = {self.dim - 6}"),
-            ("ridge_samples", self.ridge_samples >= 1, "at least 1"),
-            ("noise", 0 < self.noise < math.inf, "positive and finite"),
-            ("generator_noise", 0 < self.generator_noise < math.inf, "positive and finite"),
+            *self.positive("noise", "generator_noise"),
         ]
 
     def truth(self, seed: int) -> Tensor:
@@ -509,18 +498,15 @@ class CollapseScaling(Setting):
 
     def rules(self) -> list[tuple[str, bool, str]]:
         return [
-            ("replicas", self.replicas >= 1, "at least 1"),
-            ("dim", self.dim >= 8, "at least 8"),
+            *self.at_least(1, "replicas", "generations", "fresh"),
+            *self.at_least(8, "dim"),
             ("first_samples", self.first_samples >= 2 * self.dim, f"at least 2 dim = {2 * self.dim}"),
             ("doublings", 2 <= self.doublings <= 20, "between 2 and 20"),
-            ("generations", self.generations >= 1, "at least 1"),
-            ("excess", self.excess >= 5, "at least 5"),
+            *self.at_least(5, "excess", "large_excess"),
             ("growth", 0 < self.growth < 1, "between 0 and 1"),
-            ("large_excess", self.large_excess >= 5, "at least 5"),
             ("beta", 1 < self.beta < math.inf, "above 1"),
             ("source", 0 < self.source < math.inf, "positive"),
-            ("noise", 0 < self.noise < math.inf, "positive and finite"),
-            ("fresh", self.fresh >= 1, "at least 1"),
+            *self.positive("noise"),
         ]
 
     @property
@@ -717,14 +703,14 @@ class MoreIsBetter(Setting):
 
     def rules(self) -> list[tuple[str, bool, str]]:
         return [
-            ("replicas", self.replicas >= 1, "at least 1"),
-            ("samples", self.samples >= 16, "at least 16"),
+            *self.at_least(1, "replicas"),
+            *self.at_least(16, "samples"),
             ("factor", self.factor >= 2 and self.factor & (self.factor - 1) == 0, "a power of 2, at least 2"),
             ("modes", self.modes >= 2 * self.samples, f"at least 2 samples = {2 * self.samples}"),
             ("decay", 1 < self.decay < math.inf, "above 1"),
             ("source", 1 < self.source < 2 * self.decay + 1, f"between 1 and 2 decay + 1 = {2 * self.decay + 1:g}"),
             ("noise", 0 <= self.noise < math.inf, "at least 0 and finite"),
-            ("small_ridge", 0 < self.small_ridge < math.inf, "positive and finite"),
+            *self.positive("small_ridge"),
         ]
 
     @property

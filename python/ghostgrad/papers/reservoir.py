@@ -206,14 +206,12 @@ class LMNT(Setting):
 
     def rules(self) -> list[tuple[str, bool, str]]:
         return [
-            ("nodes", self.nodes >= 8, "at least 8"),
+            *self.at_least(8, "nodes"),
             ("k", 1 <= self.k <= self.WASHOUT, f"between 1 and {self.WASHOUT}"),
-            ("train", self.train >= 100, "at least 100"),
-            *((f, 0 < getattr(self, f) < math.inf, "positive and finite") for f in ("weight", "tikhonov", "jacobian", "jacobian_tikhonov", "floor")),
-            ("tests", self.tests >= 1, "at least 1"),
-            ("sync", self.sync >= 2, "at least 2"),
-            ("climate", self.climate >= 1, "at least 1"),
-            ("draws", self.draws >= 2, "at least 2"),
+            *self.at_least(100, "train"),
+            *self.positive("weight", "tikhonov", "jacobian", "jacobian_tikhonov", "floor"),
+            *self.at_least(1, "tests", "climate"),
+            *self.at_least(2, "sync", "draws"),
         ]
 
     def prepare(self, seed: int) -> _Seed:

@@ -42,6 +42,7 @@ import ghostgrad as gg
 from ..training import Claim, Clock, ClosedForm, GridRun, MeanClaim, Outcome, Reading, Run, Setting, check_finite, philox
 from .figures import BLUE, OCHRE, RED, SKY
 from .label_noise import draws
+from .models import half_squared
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,10 +122,10 @@ class Threshold(Setting):
 
     def rules(self) -> list[tuple[str, bool, str]]:
         return [
-            ("num_samples", self.num_samples >= 3, "at least 3"),
+            *self.at_least(3, "num_samples"),
             ("dim", 2 <= self.dim <= 16, "between 2 and 16"),
-            ("walks", self.walks >= 2, "at least 2"),
-            ("length", self.length >= 1, "at least 1"),
+            *self.at_least(2, "walks"),
+            *self.at_least(1, "length"),
         ]
 
     def gradients(self, arm: str, seed: int) -> Tensor:
@@ -255,14 +256,13 @@ class Ladder(Setting):
 
     def rules(self) -> list[tuple[str, bool, str]]:
         return [
-            ("steps", self.steps >= 16, "at least 16"),
-            ("gd_steps", self.gd_steps >= 1, "at least 1"),
+            *self.at_least(16, "steps"),
+            *self.at_least(1, "gd_steps"),
             ("warmup", 0 < self.warmup <= 1, "positive and at most 1"),
             ("clip", self.clip > 0, "positive"),
-            ("num_rates", self.num_rates >= 2, "at least 2"),
+            *self.at_least(2, "num_rates", "dim"),
             ("log_lr_max", self.log_lr_min < self.log_lr_max, f"above log_lr_min={self.log_lr_min}"),
-            ("dim", self.dim >= 2, "at least 2"),
-            ("num_samples", self.num_samples >= 3, "at least 3"),
+            *self.at_least(3, "num_samples"),
         ]
 
     def rates(self, arm: str) -> Tensor:  # (L,)
@@ -452,10 +452,6 @@ class LadderRun(Run):
         self.params = {group: {k: v.to(self.x) for k, v in held.items()} for group, held in state.items()}
 
 
-def half_squared(f: Tensor, y: Tensor) -> Tensor:
-    return 0.5 * (f - y).square().mean()
-
-
 # -------------------------------------------------------------------------------------------------------------------------------------- diagonal net
 
 
@@ -568,7 +564,7 @@ class TwoLayerReLU(Ladder):
     """Units of the target."""
 
     def rules(self) -> list[tuple[str, bool, str]]:
-        return [*super().rules(), ("width", self.width >= 1, "at least 1"), ("units", self.units >= 1, "at least 1")]
+        return [*super().rules(), *self.at_least(1, "width", "units")]
 
     def rates(self, arm: str) -> Tensor:
         return super().rates(arm) / (1.0 if arm == GD else math.sqrt(self.dim))
