@@ -38,21 +38,24 @@ if TYPE_CHECKING:
 __all__ = ["BatchHessian", "GhostBatchNorm", "TrainLonger", "deviation", "growth", "spiked_wigner"]
 
 CHUNK = 256  # samples whose Hessian-vector products are held at once
-ALONE = "The learning rate is that of the small batch, and so a step of the large one has less noise; √B and ghost pieces bring back what is missing."
+ALONE = (
+    "The learning rate is that of the small batch, and so a step of the large one has less noise. "
+    "Where this fails, the claim before says what √B and ghost pieces add."
+)
 DRIFT = (
-    "Most of the way is gone in the first 30 updates, where the loss falls and the mean gradient, more than its noise, moves the weights: "
+    "Where it fails: most of the way is gone in the first 30 updates, where the loss falls and the mean gradient, more than its noise, moves the weights: "
     "a higher learning rate goes farther."
 )
 SATURATES = (
-    "These digits are fitted after some 30 updates of a large batch, and the weights then hardly move: the curve bends from a rise to a plateau. "
+    "Where it fails: these digits are fitted after some 30 updates of a large batch, and the weights then hardly move: the curve bends to a plateau. "
     "The paper's walk needs gradients that go on."
 )
 NOT_WIGNER = (
-    "The noise is no random matrix with independent elements: a sample's Gauss-Newton matrix has a rank below the number of classes, and scatters in the "
-    "directions of the large eigenvalues, v₁ among them; the mean over all P² elements misses that."
+    "Where it fails, the noise is no random matrix with independent elements: a sample's Gauss-Newton matrix has a rank below the number of classes, and "
+    "scatters in the directions of the large eigenvalues, v₁ among them; the mean over all P² elements misses that."
 )
 FLATTER = (
-    "Above 2/λ₁ large batches do not diverge: they move to where the largest eigenvalue is below 2/η, and the loss falls there. "
+    "Where it fails, large batches above 2/λ₁ do not diverge: they move to where the largest eigenvalue is below 2/η, and the loss falls there. "
     "2/λ₁(B) is the limit of a quadratic."
 )
 TEST_SHARE = 0.4  # of digits: 1078 to train on
@@ -318,7 +321,7 @@ class TrainLonger(_OnImages):
         log, same = "|w_t − w₀| ~ log t", "E|Δw − EΔw|² = (η²/B)(meanᵢ sᵢ − |ḡ|²)"
         return [
             MeanClaim(
-                f"after as many epochs, batches of {self.large} read fewer test digits than batches of {self.small}", plain, "accuracy", "<=", 0, versus=small
+                f"after as many epochs, batches of {self.large} read fewer test images than batches of {self.small}", plain, "accuracy", "<=", 0, versus=small
             ),
             MeanClaim("the learning rate times √B gets back part of it", scaled, "accuracy", ">=", 0, versus=plain),
             MeanClaim("ghost batch normalisation more", ghost, "accuracy", ">=", 0, versus=scaled),
@@ -347,6 +350,7 @@ class TrainLonger(_OnImages):
                 f"scaled_{self.large}",
                 against=f"with_{self.small}",
                 formula="η²/B constant",
+                remark="A consequence of the claims before, which hold for any gradients drawn independently.",
             ),
         ]
 
@@ -483,7 +487,7 @@ class BatchHessian(_OnImages):
     name: ClassVar[str] = "batch-size/batch-hessian"
     title: ClassVar[str] = "Learning Rates as a Function of Batch Size: A Random Matrix Theory Approach to Neural Network Training"
     paper: ClassVar[str] = "Granziol, Zohren, Roberts (JMLR 2022)"
-    summary: ClassVar[str] = "a batch's Hessian is sharper than the full one, by far more than a random matrix of its variance would be"
+    summary: ClassVar[str] = "a batch's Hessian is sharper than the full one: by how much, by four formulas, and which learning rates that leaves"
     duration: ClassVar[str] = "3 minutes"
     ops: ClassVar[tuple[str, ...]] = ("gg.top_eigenvalue", "gg.ggn_trace", "gg.noise_scale")
     SMALL: ClassVar[dict[str, Any]] = {"num_seeds": 8, "ratio": 4}
@@ -694,7 +698,7 @@ class BatchHessian(_OnImages):
                         precision=0.2,
                         slack=0.15,
                         formula=formula,
-                        remark="This was added when runs with seeds 0 to 11 had been seen.",
+                        remark="No prediction: this claim was added when runs with seeds 0 to 11 had been seen.",
                     )
                     for size in (middle, one)
                 ),

@@ -268,9 +268,10 @@ class BenignOscillation(Setting):
 
     def claims(self) -> list[Claim]:
         growth = "Δ log⟨w,u⟩ = 2η²‖u‖²‖v‖² Σr² + (‖u‖²/‖v‖²) Δ log⟨w,v⟩"
-        stable = "stable steps have η‖∇f(xᵢ)‖² ≤ 2: the oscillation moves f from v to u until they do, and so ends itself, against the paper's assumption"
-        weak = "with the default values η‖∇f‖² is near 1.7 f on a weak sample: where f overshoots, such a sample is unstable too, for a while"
-        turned = "a residual below −1 / (2η‖v‖²) turns the sign of every ⟨w,v⟩ of a label at once, and v is lost to it"
+        stable = "Where it fails, the oscillation has ended itself: it moves f from v to u until η‖∇f(xᵢ)‖² ≤ 2. The paper assumes that it goes on."
+        second = "The step's own algebra to second order, with the residuals of the run: what could break it is the third order."
+        weak = "With the default values η‖∇f‖² is near 1.7 f on a weak sample: where f overshoots, such a sample is unstable too, for a while."
+        turned = "Where it fails: a residual below −1 / (2η‖v‖²) turns the sign of every ⟨w,v⟩ of a label at once, and v is lost to it."
         return [
             Claim("the large learning rate tells labels by the weak feature alone", "large lr", "accuracy", ">=", 0.95),
             Claim("the small one hardly better than by chance", "small lr", "accuracy", "<=", 0.65),
@@ -280,9 +281,11 @@ class BenignOscillation(Setting):
             Claim("and at each on 20 % of the weak ones at most", "large lr", "peak_weak", "<=", 0.2, formula="η‖∇f(xᵢ)‖² > 2", remark=weak),
             Claim("gradient descent on the whole loss would be stable: its sharpness is below 2/η", "large lr", "peak_whole", "<=", 2.0, formula="η λ_max ≤ 2"),
             Claim("with the small learning rate no step on a strong sample is unstable", "small lr", "peak_strong", "==", 0.0, formula="η‖∇f(xᵢ)‖² ≤ 2"),
-            ClosedForm("oscillation: growth of ⟨w,u⟩ on strong samples", "large lr", "growth", against="growth_predicted", slack=0.1, formula=growth),
-            ClosedForm("label noise, same residual: likewise", "same residual", "growth", against="growth_predicted", slack=0.1, formula=growth),
-            ClosedForm("label noise, same kick: likewise", "same kick", "growth", against="growth_predicted", slack=0.1, formula=growth),
+            ClosedForm(
+                "oscillation: growth of ⟨w,u⟩ on strong samples", "large lr", "growth", against="growth_predicted", slack=0.1, formula=growth, remark=second
+            ),
+            ClosedForm("label noise, same residual: likewise", "same residual", "growth", against="growth_predicted", slack=0.1, formula=growth, remark=second),
+            ClosedForm("label noise, same kick: likewise", "same kick", "growth", against="growth_predicted", slack=0.1, formula=growth, remark=second),
             Claim("label noise of the same kick, at the small learning rate, learns the weak feature too", "same kick", "accuracy", ">=", 0.95),
             MeanClaim("label noise of the same residual learns it more slowly", "same residual", "growth", "<=", 0.0, versus="large lr"),
             MeanClaim("but learns it: more than without", "same residual", "accuracy", ">=", 0.1, versus="small lr"),

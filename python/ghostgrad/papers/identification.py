@@ -79,7 +79,7 @@ class ARX(Setting):
     Fisher trace for unit variance, ``tr Gamma``; the Gram matrix of the gradients of the output, ``phi_t . phi_t'``, whose eigenvalue number 2 order is that of
     the Fisher matrix that is 0 without noise.
 
-    Differs from the paper: exact limits take the place of its bounds, and the coefficients are ours.
+    Differs from the paper: exact limits take the place of its bounds; the coefficients, the arm without noise and what is read off gradients are ours.
     """
 
     name: ClassVar[str] = "identification/arx"

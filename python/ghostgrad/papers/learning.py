@@ -212,7 +212,10 @@ class RehearsalFree(ImageSetting):
             return MeanClaim(text, f"{origin}, {ours}", "accuracy", ">=", 0.0, versus=f"{origin}, {theirs}", remark=remark)
 
         pretrained, scratch = STARTS
-        small = "Over 20 seeds they are within a point: little is forgotten at this learning rate, and what a penalty keeps of old classes the newest ones pay."
+        small = (
+            "In a run of 20 seeds the arms were within a point: little is forgotten at this learning rate, and what a penalty keeps of old classes "
+            "the newest ones pay."
+        )
         return [
             ahead("pretrained: L2 reads no fewer test images in the end than EWC", pretrained, "L2", "EWC", small),
             ahead("pretrained: nor than feature distillation", pretrained, "L2", "feature distillation", small),
@@ -228,6 +231,7 @@ class RehearsalFree(ImageSetting):
                 "<=",
                 1e-12,
                 formula="Σⱼ Σᵢ gᵢⱼ² = Σᵢ ‖gᵢ‖²",
+                remark="An identity: it checks the two calls against each other.",
             ),
         ]
 
@@ -309,6 +313,8 @@ class SparseGroupLasso(ImageSetting):
     loss ``target``; claimed is that the test accuracy there is within a point, too. (Picking the sparsest lambda by the accuracy on some hundred
     images instead left the sparsity uncertain by 0.3 over four seeds.)
 
+    Per-sample norms, and what of them falls on zeroed groups, are written down beside it; no claim is about them.
+
     The paper trains LeNet-5 and residual networks on MNIST, CIFAR-10 and CIFAR-100 and also has SCAD; here it is a perceptron, beta belongs to the mean
     loss, not to the sum.
     """
@@ -316,7 +322,7 @@ class SparseGroupLasso(ImageSetting):
     name: ClassVar[str] = "learning/sparse-group-lasso"
     title: ClassVar[str] = "Structured sparsity of convolutional neural networks via nonconvex sparse group regularization"
     paper: ClassVar[str] = "Bui, Park, Zhang, Qi, Xin (Frontiers in Applied Mathematics and Statistics 2021)"
-    summary: ClassVar[str] = "digits: nonconvex penalties zero more weights and neurons than l1 at the same accuracy"
+    summary: ClassVar[str] = "digits: how many weights and neurons nonconvex penalties zero, against l1 at the same training loss"
     duration: ClassVar[str] = "2 to 3 minutes"
     ops: ClassVar[tuple[str, ...]] = ("gg.sqnorms", "gg.second_moments")
     SMALL: ClassVar[dict[str, Any]] = {"num_seeds": 3, "epochs": 50, "lambdas": 6, "ratio": 2.0}
@@ -431,7 +437,10 @@ class SparseGroupLasso(ImageSetting):
 
     def claims(self) -> list[Claim]:
         out: list[Claim] = []
-        one = "One lambda scales both penalties, as in the paper: what zeroes weights first reaches the loss at a smaller lambda, with less for the groups."
+        one = (
+            "Where it fails: one λ scales both penalties, as in the paper, and what zeroes weights first reaches the loss at a smaller λ, "
+            "with less for the groups."
+        )
         for ours in list(PROX)[1:]:
             out += [
                 MeanClaim(f"{ours} zeroes no smaller a share of the weights than l1", ours, "weight_sparsity", ">=", 0.0, versus="l1"),

@@ -289,21 +289,22 @@ class BenignOverfitting(Setting):
                     against="excess_limit",
                     precision=0.1,
                     slack=0.05,  # the limit's error is of the order of 1/n, times the spikes
-                    formula="(bias + σ² df₂/n) / (1 − df₂/n)",
+                    formula="E = (bias + σ² df₂/n) / (1 − df₂/n)",
                 ),
             ]
         traces = "mean ‖∇f(xᵢ)‖² = tr Σ"
+        wide = "The constants are this setting's, derived for large n and far apart: an order of magnitude is what is tested."
         claims.append(ClosedForm("spiked: the mean squared norm of the output's gradient", "spiked", "trace", against="trace_predicted", formula=traces))
         for arm in (*self.BENIGN, "few"):
             claims += [
-                Claim(f"{arm}: effective ranks bound the variance from below, at every n", arm, "ratio_low", ">=", 9 / 121, formula=ranks),
-                Claim(f"{arm}: and from above", arm, "ratio_high", "<=", 8.0, formula=ranks),
+                Claim(f"{arm}: effective ranks bound the variance from below, at every n", arm, "ratio_low", ">=", 9 / 121, formula=ranks, remark=wide),
+                Claim(f"{arm}: and from above", arm, "ratio_high", "<=", 8.0, formula=ranks, remark=wide),
             ]
-        falls = "n^-1/2 leaves 0.35 from n to 8n"
+        falls = "A fall as n^-1/2 would leave 0.35 from n to 8n."
         claims += [MeanClaim(f"{arm}: the excess risk falls by half or more from n to 8n", arm, "fall", "<=", 0.5, remark=falls) for arm in self.BENIGN]
         floor = 0.25 * self.sigma**2
         return claims + [
-            MeanClaim(f"{arm}: it stays above σ²/4, n = {n}", arm, "excess", ">=", floor, formula=f) for arm, f in zip(self.HARMFUL, ("σ²/3", "σ²"))
+            MeanClaim(f"{arm}: it stays above σ²/4, n = {n}", arm, "excess", ">=", floor, formula=f) for arm, f in zip(self.HARMFUL, ("V → σ²/3", "V → σ²"))
         ]
 
     def figure(self, outcome: Outcome) -> Figure:
@@ -519,7 +520,7 @@ class LinearRegime(Setting):
                         formula=why[arm],
                     )
                 )
-        kinks: dict[str, Any] = {"formula": "m⁻¹ … m^(-1/2)", "remark": "powers 1, 3/4 and 1/2 are all present: the local one falls with the width"}
+        kinks: dict[str, Any] = {"formula": "between m⁻¹ and m^(-1/2)", "remark": "Powers 1, 3/4 and 1/2 are all present: the local one falls with the width."}
         claims += [
             MeanClaim("ReLU: the gap falls at least as fast as m^-1/2", "ReLU", "gap_slope", "<=", -0.5, **kinks),
             MeanClaim("ReLU: and not faster than 1/m", "ReLU", "gap_slope", ">=", -1.0, **kinks),
@@ -529,7 +530,8 @@ class LinearRegime(Setting):
         for k in range(1, self.STRONGEST + 1):
             column, text = f"speed_{k}", f"random signs, m = {self.largest}: decay along the eigenvector with share {k} in y"
             claims.append(ClosedForm(text, "random signs", column, against=f"{column}_predicted", precision=0.05, slack=0.02, formula=decay))
-        claims.append(Claim("the kernel's trace is the sum of the outputs' gradient norms", "random signs", "trace_mismatch", "<=", 1e-10))
+        identity = "An identity: it checks the two calls against each other."
+        claims.append(Claim("the kernel's trace is the sum of the outputs' gradient norms", "random signs", "trace_mismatch", "<=", 1e-10, remark=identity))
         return claims
 
     def figure(self, outcome: Outcome) -> Figure:
@@ -739,7 +741,7 @@ class GeneralisationDynamics(Setting):
 
     def claims(self) -> list[Claim]:
         claims: list[Claim] = []
-        law = "E_g(t) = σε² + (1/N) Σ [(σw² + σ₀²) e^(−2λt) + (σε²/λ)(1 − e^(−λt))²]"
+        law = "E_g = σε² + (1/N) Σ [(σw² + σ₀²) c² + (σε²/λ)(1 − c)²], c = (1 − ηλ)^k ≈ e^(−λt)"
         for arm in (*self.ALPHAS, self.LARGE):
             eigen, limit = f"{arm}: the test error, mean over readings, by the samples' eigenvalues", f"{arm}: by Marchenko and Pastur's law"
             norms = f"{arm}: the per-sample norms, mean over readings"
@@ -747,19 +749,25 @@ class GeneralisationDynamics(Setting):
                 ClosedForm(eigen, arm, "error_mean", against="error_predicted_mean", precision=0.05, formula=law),
                 # corrections to the law are of the order of 1/N, but at alpha = 1, where the smallest eigenvalue is of the order of 1/N^2
                 ClosedForm(limit, arm, "error_mean", against="error_limit_mean", precision=0.1, slack=0.1 if arm == "α = 1" else 0.03, formula=law),
-                ClosedForm(norms, arm, "sqnorms_mean", against="sqnorms_predicted_mean", precision=0.1, formula="‖xμ‖² Σⱼ vμⱼ² e^(−2λⱼt)(λⱼ(σw² + σ₀²) + σε²)"),
+                ClosedForm(
+                    norms, arm, "sqnorms_mean", against="sqnorms_predicted_mean", precision=0.1, formula="rμ²‖xμ‖² = ‖xμ‖² Σⱼ vμⱼ² cⱼ²(λⱼ(σw² + σ₀²) + σε²)"
+                ),
             ]
+        start = "As nothing moves there, this is a number of the start: training enters by the claim before alone."
         for arm in ("α = 1/4", "α = 1/2", self.LARGE):
             claims += [
                 Claim(f"{arm}: nothing across the samples ever moves", arm, "frozen_moved", "<=", 1e-10),
-                ClosedForm(f"{arm}: the error frozen there", arm, "frozen", against="frozen_predicted", precision=0.05, formula="(1 − α)(σw² + σ₀²)"),
+                ClosedForm(
+                    f"{arm}: the error frozen there", arm, "frozen", against="frozen_predicted", precision=0.05, formula="(1 − α)(σw² + σ₀²)", remark=start
+                ),
             ]
         for arm in ("α = 1/4", "α = 1/2", "α = 2", "α = 4"):
             claims.append(MeanClaim(f"overtraining is worse at α = 1 than at {arm}", "α = 1", "overtraining", ">=", 0.0, versus=arm))
-        claims.append(MeanClaim("a large start leaves more error", self.LARGE, "error", ">=", 0.25, versus="α = 1/2", formula="(1 − α)(1 − σ₀²)"))
+        claims.append(MeanClaim("a large start leaves more error", self.LARGE, "error", ">=", 0.25, versus="α = 1/2", formula="ΔE = (1 − α)(1 − σ₀²)"))
         claims += [Claim(f"{arm}: stopped where the law says, within 2 % of the least error", arm, "stopping_cost", "<=", 1.02) for arm in self.ALPHAS]
-        claims.append(Claim("α = 1/2: the norms are r² ‖x‖², sample by sample", "α = 1/2", "sqnorms_mismatch", "<=", 1e-10))
-        claims.append(Claim("α = 1/2: the Hessian's trace is the sum of the outputs' norms", "α = 1/2", "trace_mismatch", "<=", 1e-10))
+        identity = "An identity: it checks the library's call."
+        claims.append(Claim("α = 1/2: the norms are r² ‖x‖², sample by sample", "α = 1/2", "sqnorms_mismatch", "<=", 1e-10, remark=identity))
+        claims.append(Claim("α = 1/2: the Hessian's trace is the sum of the outputs' norms", "α = 1/2", "trace_mismatch", "<=", 1e-10, remark=identity))
         for arm in ("α = 1/2", "α = 2"):
             claims += [
                 ClosedForm(f"{arm}: the trace is αN on average", arm, "trace", against="trace_limit", precision=0.05, formula="tr H = Σ ‖xμ‖² → αN"),
@@ -769,7 +777,7 @@ class GeneralisationDynamics(Setting):
                     "top_eigenvalue",
                     against="top_eigenvalue_limit",
                     slack=0.01,  # what the law leaves out is of the order of N^(-2/3) of its own width
-                    formula="λ₁ = (1 + √α)² − 1.21 s/N",
+                    formula="λ₁ = (μ − 1.21 s)/N, μ = (√(N−1) + √P)², s = √μ (1/√(N−1) + 1/√P)^(1/3)",
                 ),
             ]
         return claims
@@ -941,7 +949,7 @@ class ReLUStudent(Setting):
             MeanClaim("nor H = 4P worse than H = P", "H = 4P", "least_error", "<=", 0.0, versus="H = P"),
             MeanClaim("H = 4P: a large start ends with 10 % more error", "H = 4P", "log_large_over_small", ">=", math.log(1.1)),
         ]
-        added = "σ₀² tr(A C A), A = (1 − η Σ hμhμᵀ)^k"
+        added = "ΔE = σ₀² tr(A C A), A = (1 − η Σ hμhμᵀ)^k"
         for arm in ("H = 2P", "H = 4P"):
             claims.append(ClosedForm(f"{arm}: what the large start adds", arm, "added", against="added_predicted", precision=0.05, formula=added))
         for arm in ("H = P/2", "H = 4P"):
