@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 import ghostgrad as gg
 from ghostgrad.cli import main
 from ghostgrad.papers.batch_size import BatchHessian, GhostBatchNorm, TrainLonger, _Data, deviation, growth, spiked_wigner
+from ghostgrad.papers.images import ImageDataError
 from ghostgrad.training import Clock, RunDirectory, train
 
 TINY = TrainLonger(num_seeds=1, small=64, large=256, ratio=4, epochs=4, width=8, draws=20)
@@ -106,7 +107,7 @@ def test_train_longer_rules(field: str, value: float, rule: str) -> None:
 
 
 def test_too_few_images_are_an_error() -> None:
-    with pytest.raises(ValueError, match="large must be at most the number of training images, 1078, got 2048"):
+    with pytest.raises(ImageDataError, match=r"digits: the large batch is to have 2048 images, there are 1078 to train on\. Give a smaller --large"):
         TrainLonger(large=2048).start(torch.device("cpu"), False)
 
 

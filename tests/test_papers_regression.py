@@ -257,6 +257,9 @@ def test_tiny_runs(key: str, tmp_path: Path) -> None:
         (ModelCollapse, {"narrow_samples": 299}, "narrow_samples must be between 1 and dim - 6 = 294"),
         (CollapseScaling, {"first_samples": 900}, "first_samples must be at least 2 dim = 1000"),
         (MoreIsBetter, {"factor": 6}, "factor must be a power of 2"),
+        (ModelCollapse, {"noise": 1e300}, "noise must be between 1e-50 and 1e50, got 1e\\+300"),
+        (CollapseScaling, {"beta": 1e300}, "beta must be above 1 and at most 10, got 1e\\+300"),
+        (MoreIsBetter, {"decay": 1e300}, "decay must be above 1 and at most 10, got 1e\\+300"),
         (MoreIsBetter, {"source": 4.5}, "source must be between 1 and 2 decay \\+ 1 = 4"),
     ],
 )

@@ -182,7 +182,9 @@ def test_an_interrupted_run_ends_with_the_same_bytes(setting: Ladder, tmp_path: 
     assert math.isfinite(whole.verdicts[0].measured)
 
 
-@pytest.mark.parametrize(("cls", "field", "value"), [(DiagonalNet, "warmup", 1.5), (TwoLayerReLU, "width", 0), (Threshold, "dim", 40)])
+@pytest.mark.parametrize(
+    ("cls", "field", "value"), [(DiagonalNet, "warmup", 1.5), (TwoLayerReLU, "width", 0), (Threshold, "dim", 40), (DiagonalNet, "log_lr_max", 1e9)]
+)
 def test_rules(cls: type, field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{field} must be .*, got {value}"):
         cls(**{field: value})

@@ -19,7 +19,7 @@ import pytest
 from ghostgrad.cli import main
 from ghostgrad.papers import SETTINGS
 from ghostgrad.report import Entry, Report, ReportOptions, _of_paper, collect, plan, report, write_page
-from ghostgrad.training import train
+from ghostgrad.training import RunDirectoryError, train
 
 ONE, MANY = "label-noise/one-point", "label-noise/*"
 TINY = {"steps": 60, "read_every": 20, "num_seeds": 2}
@@ -223,6 +223,24 @@ def test_a_run_that_cannot_be_begun_is_its_own_problem(tmp_path: Path, capsys: p
     assert main(["report", "--out", str(tmp_path), "--only", ONE, "--quiet"]) == 1
     assert "0 of 1 settings have a result" in capsys.readouterr().out
     assert "It could not be run (IsADirectoryError" in (tmp_path / "report.md").read_text()
+
+
+def test_a_report_beside_another_writes_its_own_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one has its page half written, and ends a run that this one saw unfinished; a page that is a folder is refused before anything is run."""
+    options = ReportOptions(out=tmp_path, only=(ONE,), quiet=True)
+    monkeypatch.setattr(SETTINGS[ONE], "SMALL", TINY)
+    monkeypatch.setattr("ghostgrad.report._run", lambda entries, options: ([collect(entry) for entry in entries], bool(finished(options, ONE))))
+    theirs = tmp_path / ".report.md.1.part"
+    theirs.write_text("half")
+    done = report(options)
+    assert done.entries[0].summary is not None
+    assert "No result" not in done.page.read_text()
+    assert theirs.read_text() == "half"
+    assert {path.name for path in tmp_path.iterdir() if path.name != "label-noise"} == {theirs.name, "report.html", "report.md"}
+    done.page.unlink()
+    done.page.mkdir()
+    with pytest.raises(RunDirectoryError, match=r"cannot write a report to .*: report\.html is a directory there"):
+        report(options)
 
 
 def test_collecting_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -363,6 +364,34 @@ def test_divergence_of_any_optimiser_is_named(tmp_path: Path) -> None:
         train(Fit(lr=1e18, num_seeds=2), tmp_path / "run", progress=False)
 
 
+@pytest.mark.parametrize("error", [OverflowError("too large"), np.linalg.LinAlgError("singular"), ValueError("the loss is not finite")])
+def test_a_cell_that_cannot_be_computed_is_named_and_loses_no_other(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Grid, "fail", staticmethod(lambda arm, seed: (_ for _ in ()).throw(error) if (arm, seed) == ("momentum", 1) else None))
+    with pytest.raises(NonFiniteError, match=rf"arm 'momentum', seed 1 left the numbers .*\({type(error).__name__}: {error}\)\. Try a smaller learning rate"):
+        train(Grid(), tmp_path / "run", progress=False)
+    assert RunDirectory(tmp_path / "run").load_checkpoint()["step"] == 4  # type: ignore[index]
+
+
+def test_two_runs_in_one_directory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the second one is told to do, the first one goes on to its end as if alone; then the directory is free."""
+    whole = train(Grid(), tmp_path / "whole", progress=False)
+    refused: list[str] = []
+
+    def again(arm: str, seed: int) -> None:
+        if not refused:
+            for options in ({"resume": True}, {"overwrite": True}):
+                with pytest.raises(RunDirectoryError, match="another process is running in") as error:
+                    train(Grid(), tmp_path / "run", progress=False, **options)  # type: ignore[arg-type]
+                refused.append(str(error.value))
+
+    monkeypatch.setattr(Grid, "fail", staticmethod(again))
+    train(Grid(), tmp_path / "run", progress=False)
+    assert len(refused) == 2
+    assert (tmp_path / "run" / "metrics.csv").read_bytes() == (tmp_path / "whole" / "metrics.csv").read_bytes()
+    assert train(Grid(), tmp_path / "run", progress=False, resume=True).verdicts == whole.verdicts
+    train(Grid(), tmp_path / "run", progress=False, overwrite=True)
+
+
 def test_what_cannot_be_compiled_says_so(tmp_path: Path) -> None:
     with pytest.raises(CompileError, match="test/toy has nothing to compile"):
         train(Fit(), tmp_path / "run", compiled=True, progress=False)
@@ -486,7 +515,33 @@ def test_a_claim_that_some_seeds_fail_holds_in_part() -> None:
 def test_a_closed_form_holds_within_its_monte_carlo_interval(by_seed: dict[int, float], slack: float, word: str) -> None:
     verdict = ClosedForm("", "", "", slack=slack).judge(by_seed)
     assert verdict.word == word
-    assert (verdict.holds is None) == (word == "not testable at this size") == bool(verdict.reason)
+    assert (verdict.holds is None) == (word == "not testable at this size")
+    assert bool(verdict.reason) == (verdict.holds is None or any(map(np.isnan, by_seed.values())))
+
+
+def test_a_claim_without_a_value_says_so() -> None:
+    """A formula that is 0 gives no ratio; infinities give no interval; neither is a crash, a warning or a claim that holds."""
+    frame = pd.DataFrame({"arm": ["a"] * 3, "seed": [0, 1, 2], "risk": [1.0, 1.0, 1.0], "predicted": [1.0, 0.0, 1.0], "huge": [np.inf, -np.inf, 1.0]})
+    verdict = ClosedForm("", "a", "risk").verdict(frame)
+    assert (verdict.holds, verdict.reason) == (False, "no value for 1 of 3 seeds")
+    missing = {0: 1.0, 1: float("nan"), 2: float("nan")}
+    assert MeanClaim("", "", "", "<=", 2.0).judge(missing).reason == "no value for 2 of 3 seeds"
+    assert Claim("", "", "", "<=", 0.5).judge(missing).reason == "no value for 2 of 3 seeds"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert MeanClaim("", "a", "huge", "<=", 2.0).verdict(frame).holds is False
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [-1.0, 0.0], [float("nan"), float("nan")]])
+def test_a_figure_is_drawn_without_positive_data_on_its_logarithmic_axes(values: list[float], tmp_path: Path) -> None:
+    figure = Figure()
+    for ax, (x, y) in zip(figure.subplots(1, 3), (([1.0, 2.0], values), (values, [1.0, 2.0]), ([1.0, 2.0], [1.0, 2.0])), strict=True):
+        ax.plot(x, y)
+        ax.set(xscale="log", yscale="log")
+    RunDirectory(tmp_path).save_figure("f", figure)
+    if not np.isnan(values).any():  # such points are not drawn at all
+        assert [(ax.get_xscale(), ax.get_yscale()) for ax in figure.axes] == [("log", "linear"), ("linear", "log"), ("log", "log")]
+    assert {file.name for file in (tmp_path / "figures").iterdir()} == {"f.png", "f.svg"}
 
 
 def test_closed_forms_cover_at_their_level() -> None:

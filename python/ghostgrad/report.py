@@ -8,6 +8,7 @@ page's commands do again what it did. A finished run of the same fields is colle
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import fnmatch
 import inspect
@@ -38,6 +39,8 @@ from .papers import SETTINGS
 from .training import RunDirectoryError, Setting, Size, Verdict, mean_interval
 
 __all__ = ["Entry", "Report", "ReportOptions", "collect", "report", "write_page"]
+
+KINDS = ("md", "html")
 
 NOT_FINISHED = "It was not run to its end."
 
@@ -253,6 +256,11 @@ def _counted(words: Sequence[str]) -> str:
 # ------------------------------------------------------------------------------------------------------------------------------------------ the page
 
 
+def _part(out: Path, kind: str) -> Path:
+    """The page while it is written, by this process alone."""
+    return out / f".report.{kind}.{os.getpid()}.part"
+
+
 def write_page(entries: Sequence[Entry], options: ReportOptions, seconds: float) -> Path:
     """``report.html``, whole in one file, and ``report.md``, beside the runs. Returns the former."""
     papers: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -289,9 +297,9 @@ def write_page(entries: Sequence[Entry], options: ReportOptions, seconds: float)
     )
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
     out = options.directory
-    for kind in ("md", "html"):
+    for kind in KINDS:
         text = environment.get_template(f"report.{kind}.j2").render(context)
-        temporary = out / f".report.{kind}.part"
+        temporary = _part(out, kind)
         temporary.write_text(text)
         os.replace(temporary, out / f"report.{kind}")
     return out / "report.html"
@@ -361,12 +369,21 @@ def report(options: ReportOptions) -> Report:
     begun, entries, complete = time.perf_counter(), plan(options), True
     try:
         options.directory.mkdir(parents=True, exist_ok=True)
-        (options.directory / ".report.md.part").touch()  # refused now rather than after the runs
+        for kind in KINDS:  # refused now rather than after the runs
+            if (options.directory / f"report.{kind}").is_dir():
+                raise IsADirectoryError(0, f"report.{kind} is a directory there")
+            _part(options.directory, kind).touch()
         if options.collect:
             entries = [collect(entry) for entry in entries]
         else:
             entries, complete = _run(entries, options)
+        # Another report may have ended meanwhile what this one could not.
+        entries = [entry if entry.summary or (again := collect(entry)).summary is None else again for entry in entries]
         page = write_page(entries, options, time.perf_counter() - begun)
     except OSError as error:
         raise RunDirectoryError(f"cannot write a report to {options.directory}: {error.strerror or error}. Pass an --out that you may write to.") from error
+    finally:
+        for kind in KINDS:
+            with contextlib.suppress(OSError):
+                _part(options.directory, kind).unlink()
     return Report(entries, page, complete)

@@ -32,6 +32,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -41,6 +42,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -130,7 +132,7 @@ class Claim:
         worst = max(by_seed.values(), key=lambda v: math.inf if math.isnan(v) else badness(v))
         holding = sum(map(holds, by_seed.values()))
         part = 0 < holding < len(by_seed)
-        return Verdict(self, worst, holds(worst), by_seed, part=part, reason=f"for {holding} of {len(by_seed)} seeds" if part else "")
+        return Verdict(self, worst, holds(worst), by_seed, part=part, reason=f"for {holding} of {len(by_seed)} seeds" if part else _missing(by_seed))
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,8 @@ class MeanClaim(Claim):
             (m <= self.bound) if self.relation == "<=" else (m >= self.bound) for m in (mean + half if self.relation == "<=" else mean - half, mean)
         )
         part = mean_holds and not holds and not math.isnan(half)
-        return Verdict(self, mean, holds, by_seed, (mean - half, mean + half), part, "in the mean, but its interval goes beyond" if part else "")
+        reason = "in the mean, but its interval goes beyond" if part else _missing(by_seed)
+        return Verdict(self, mean, holds, by_seed, (mean - half, mean + half), part, reason)
 
 
 @dataclass(frozen=True)
@@ -201,12 +204,12 @@ class ClosedForm(Claim):
 
     def values(self, metrics: pd.DataFrame) -> dict[int, float]:
         ours, formula = (_last(metrics, self.arm, column) for column in (self.column, self.against))
-        return {seed: value / formula[seed] for seed, value in ours.items()}
+        return {seed: value / formula[seed] if formula[seed] else math.nan for seed, value in ours.items()}
 
     def judge(self, by_seed: dict[int, float]) -> Verdict:
         mean, half = mean_interval(by_seed, 0.99) if len(by_seed) >= 3 else (float(np.mean(list(by_seed.values()))), math.inf)
         holds: bool | None = abs(mean - 1) <= half + self.slack
-        reason = ""
+        reason = _missing(by_seed)
         if holds and half > self.precision:
             holds, reason = None, f"the interval's half-width, {half:.2g}, is above {self.precision:g}: it needs more seeds"
         return Verdict(self, mean, holds, by_seed, (mean - half, mean + half), reason=reason)
@@ -217,8 +220,16 @@ def mean_interval(by_seed: dict[int, float], level: float) -> tuple[float, float
     from scipy.stats import t
 
     values = np.array(list(by_seed.values()))
+    if not np.isfinite(values).all():  # no interval, and no warnings about infinities
+        return float(values.mean()) if not (np.isposinf(values).any() and np.isneginf(values).any()) else math.nan, math.nan
     n = len(values)
     return float(values.mean()), float(t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+
+
+def _missing(by_seed: dict[int, float]) -> str:
+    """What to say of a claim where some seed gave nothing to judge."""
+    missing = sum(map(math.isnan, by_seed.values()))
+    return f"no value for {missing} of {len(by_seed)} seeds" if missing else ""
 
 
 def _last(metrics: pd.DataFrame, arm: str, column: str) -> dict[int, float]:
@@ -446,7 +457,10 @@ class TrainingRun(Run):
 
     def read(self, step: int) -> Reading:
         clock = Clock()
-        rows = [{"step": step, "arm": t.arm, "seed": t.seed, **self.measure(t, clock)} for t in self.trainees]
+        rows = []
+        for t in self.trainees:
+            with _computing(t.arm, t.seed):
+                rows.append({"step": step, "arm": t.arm, "seed": t.seed, **self.measure(t, clock)})
         return Reading(rows, clock.seconds, f"loss {np.mean([row['loss'] for row in rows]):.2e}" if "loss" in rows[0] else "")
 
     def state_dict(self) -> dict[str, Any]:
@@ -477,7 +491,8 @@ class GridRun(Run):
         between()
         arm, seed = self.cells[start]
         clock = Clock()
-        rows = [{"step": stop, "arm": arm, "seed": seed, **row} for row in self.work(arm, seed, clock, between)]
+        with _computing(arm, seed):
+            rows = [{"step": stop, "arm": arm, "seed": seed, **row} for row in self.work(arm, seed, clock, between)]
         self.done = Reading(rows, clock.seconds, f"{arm}, seed {seed}")
 
     def read(self, step: int) -> Reading:
@@ -530,6 +545,19 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.release: Callable[[], object] = lambda: None
+
+    def claim(self) -> None:
+        """Refuse the directory where another process runs in it: two that write the same files leave none whole. Until ``release``, or the process ends."""
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise RunDirectoryError(f"another process is running in {self.path}. Wait until it has ended, or pass another --out.") from error
+        except OSError:  # a file system without locks
+            pass
+        self.release = weakref.finalize(self, os.close, handle)
 
     def read_config(self) -> dict[str, Any]:
         """The configuration of the run that lies here."""
@@ -568,10 +596,11 @@ class RunDirectory:
                     f"{self.path} already holds a run, and a run is never overwritten unasked. "
                     "Pass --resume to go on with it, --overwrite to replace it, or another --out."
                 )
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.claim()
             for name in present:
                 child = self.path / name
                 shutil.rmtree(child) if child.is_dir() else child.unlink()
-            self.path.mkdir(parents=True, exist_ok=True)
             self.write("config.json", json.dumps(config, indent=2) + "\n")
         except OSError as error:
             raise RunDirectoryError(f"cannot write a run to {self.path}: {error.strerror or error}. Pass an --out that you may write to.") from error
@@ -633,9 +662,13 @@ class RunDirectory:
         return _Table(file, size if keep_bytes is None else keep_bytes)
 
     def save_figure(self, name: str, figure: Figure) -> None:
-        """As PNG and SVG, the same bytes for the same figure."""
+        """As PNG and SVG, the same bytes for the same figure. A logarithmic axis without positive data, which cannot be drawn, becomes linear."""
         import matplotlib as mpl
 
+        for ax in figure.axes:
+            for axis, least in ((ax.xaxis, ax.dataLim.minposx), (ax.yaxis, ax.dataLim.minposy)):
+                if axis.get_scale() == "log" and least == math.inf and ax.has_data():
+                    ax.set(**{f"{axis.axis_name}scale": "linear"})
         (self.path / "figures").mkdir(exist_ok=True)
         with mpl.rc_context({"svg.hashsalt": "ghostgrad", "svg.fonttype": "path"}):
             figure.savefig(self.path / "figures" / f"{name}.svg", metadata={"Date": None})
@@ -702,6 +735,23 @@ def check_finite(
         raise NonFiniteError(
             f"training left the finite numbers between step {start} and step {stop}: {'; '.join(lost)}. {advice} What was written up to then is kept."
         )
+
+
+@contextlib.contextmanager
+def _computing(arm: str, seed: int) -> Iterator[None]:
+    """Numbers that overflow, vanish or are not finite, wherever it is found out, as NonFiniteError; all other errors as they are."""
+    from scipy.sparse.linalg import ArpackError
+
+    try:
+        yield
+    except (ArithmeticError, ValueError, RuntimeError) as error:
+        numeric = isinstance(error, (ArithmeticError, ArpackError)) or type(error).__name__.endswith("LinAlgError")  # ARPACK fails for a Hessian that is 0
+        if isinstance(error, NonFiniteError) or not (numeric or any(words in str(error) for words in ("finite", "infs or NaNs"))):
+            raise
+        raise NonFiniteError(
+            f"arm '{arm}', seed {seed} left the numbers that can be computed with ({type(error).__name__}: {error}). "
+            "Try a smaller learning rate, or options nearer their defaults. What was written up to then is kept."
+        ) from error
 
 
 def has_compiler() -> bool:
@@ -783,6 +833,7 @@ def train(
     checkpoint = None
     if resume:
         directory.check_same(config)
+        directory.claim()
         checkpoint = directory.load_checkpoint()
     else:
         directory.create(config, overwrite)
@@ -832,6 +883,7 @@ def train(
             bar.close()
             metrics.close()
             timings.close()
+            directory.release()
 
     frame = pd.read_csv(directory.path / "metrics.csv")
     outcome = Outcome(setting, run, frame, [claim.verdict(frame) for claim in setting.claims()], seconds, norm_seconds)

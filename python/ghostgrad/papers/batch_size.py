@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -28,7 +29,7 @@ import ghostgrad as gg
 from ..training import Claim, Clock, ClosedForm, GridRun, MeanClaim, Outcome, Setting, philox
 from .figures import BLUE, GREEN, OCHRE, RED, name_curves
 from .image_setting import DTYPE, accuracy, built, fit, perceptron
-from .images import data_used, load_images
+from .images import ImageDataError, data_used, load_images
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -225,7 +226,8 @@ class TrainLonger(_OnImages):
         load = functools.lru_cache(maxsize=1)(lambda seed: self.load(seed, device))
         found = len(load(self.seed).y)
         if found < self.large:
-            raise ValueError(f"{self.name}: large must be at most the number of training images, {found}, got {self.large}")
+            rule = f"the large batch is to have {self.large} images"
+            raise ImageDataError(Path(self.data), rule, f"there are {found} to train on", "Give a smaller --large.")
         regimes = {self.arm(size, regime): (size, regime) for size in self.sizes for regime in self.REGIMES}
 
         def work(arm: str, seed: int, clock: Clock, between: Callable[[], None]) -> list[dict[str, float]]:
@@ -543,7 +545,8 @@ class BatchHessian(_OnImages):
         load = functools.lru_cache(maxsize=1)(lambda seed: self.load(seed, device))
         found = len(load(self.seed).y)
         if found <= self.largest:
-            raise ValueError(f"{self.name}: largest must be below the number of training images, {found}, got {self.largest}")
+            rule = f"there must be more than largest={self.largest} images to train on"
+            raise ImageDataError(Path(self.data), rule, f"there are {found}", "Give a smaller --largest.")
         network = {f"{point}, B = {size}": (point, size) for point in self.POINTS for size in self.sizes}
         wigner = {f"spike {spike:g}": spike for spike in self.SPIKES}
         held: dict[tuple[str, int], _Point] = {}  # the last one: a resumed run finds the same

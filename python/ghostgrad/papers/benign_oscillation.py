@@ -151,9 +151,8 @@ class BenignOscillation(Setting):
             ("small_lr", 0 < self.small_lr < self.lr, f"positive and below lr={self.lr:g}"),
             *self.at_least(3, "dim"),
             *self.at_least(4, "samples"),
-            ("share", 1 <= round(self.share * self.samples) < self.samples, "such that there are samples with v and without"),
-            ("noise", self.noise > 0, "positive"),
-            ("start_scale", self.start_scale > 0, "positive"),
+            ("share", 0 < self.share < 1 and 1 <= round(self.share * self.samples) < self.samples, "such that there are samples with v and without"),
+            *self.positive("noise", "start_scale"),
         ]
 
     def arms(self) -> dict[str, tuple[float, float]]:

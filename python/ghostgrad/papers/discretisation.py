@@ -551,7 +551,7 @@ class DriftAdjusted(Setting):
             ("steps", self.steps >= self.readings, f"at least readings={self.readings}"),
             *self.at_least(4, "readings"),
             *self.at_least(1, "train_size", "width"),
-            ("divisor", self.divisor > 0, "positive"),
+            *self.positive("divisor"),
         ]
 
     def data_used(self) -> str:

@@ -113,7 +113,7 @@ class ARX(Setting):
     def rules(self) -> list[tuple[str, bool, str]]:
         return [
             ("order", 3 <= self.order <= 10, "between 3 and 10"),
-            *self.positive("noise"),
+            ("noise", 1e-50 <= self.noise <= 1e50, "between 1e-50 and 1e50"),
             *self.at_least(1024, "longest"),
             *self.at_least(256, "most"),
             ("length", self.length > 3 * self.order, f"above {3 * self.order}, three times order"),

@@ -187,7 +187,7 @@ class BenignOverfitting(Setting):
     def rules(self) -> list[tuple[str, bool, str]]:
         return [
             ("largest", self.largest >= 160 and self.largest % 8 == 0, "a multiple of 8, at least 160"),
-            *self.positive("sigma"),
+            ("sigma", 1e-50 <= self.sigma <= 1e50, "between 1e-50 and 1e50"),
             *self.at_least(2, "draws"),
             *self.at_least(1, "descent_steps"),
         ]
@@ -645,7 +645,7 @@ class GeneralisationDynamics(Setting):
             *self.positive("noise"),
             ("start_deviation", 0 <= self.start_deviation <= 1, "between 0 and 1"),
             ("lr", 0 < self.lr <= 0.2, "between 0 and 0.2, or alpha = 4 diverges"),
-            ("time", self.lr <= self.time < math.inf, f"at least one step of lr={self.lr:g}"),
+            ("time", self.lr <= self.time <= 1e9 * self.lr, f"at least one step of lr={self.lr:g} and at most 1e9 of them"),
         ]
 
     @property
@@ -871,7 +871,7 @@ class ReLUStudent(Setting):
             ("samples", self.samples >= 8 and self.samples % 4 == 0, "a multiple of 4, at least 8"),
             *self.at_least(1, "inputs", "teacher_units", "starts", "steps", "tests"),
             ("noise", 0 <= self.noise < math.inf, "at least 0 and finite"),
-            *self.positive("start_deviation"),
+            ("start_deviation", 1e-50 <= self.start_deviation <= 1e50, "between 1e-50 and 1e50"),
         ]
 
     @property

@@ -241,7 +241,8 @@ class ModelCollapse(Setting):
             ("samples", self.samples >= self.dim + 6, f"at least dim + 6 = {self.dim + 6}"),
             ("generator_samples", self.generator_samples >= self.dim + 6, f"at least dim + 6 = {self.dim + 6}"),
             ("narrow_samples", 1 <= self.narrow_samples <= self.dim - 6, f"between 1 and dim - 6 = {self.dim - 6}"),
-            *self.positive("noise", "generator_noise"),
+            ("noise", 1e-50 <= self.noise <= 1e50, "between 1e-50 and 1e50"),
+            ("generator_noise", 1e-50 <= self.generator_noise <= 1e50, "between 1e-50 and 1e50"),
         ]
 
     def truth(self, seed: int) -> Tensor:
@@ -506,9 +507,9 @@ class CollapseScaling(Setting):
             ("doublings", 2 <= self.doublings <= 20, "between 2 and 20"),
             *self.at_least(5, "excess", "large_excess"),
             ("growth", 0 < self.growth < 1, "between 0 and 1"),
-            ("beta", 1 < self.beta < math.inf, "above 1"),
+            ("beta", 1 < self.beta <= 10, "above 1 and at most 10"),
             ("source", 0 < self.source < math.inf, "positive"),
-            *self.positive("noise"),
+            ("noise", 1e-50 <= self.noise <= 1e50, "between 1e-50 and 1e50"),
         ]
 
     @property
@@ -709,7 +710,7 @@ class MoreIsBetter(Setting):
             *self.at_least(16, "samples"),
             ("factor", self.factor >= 2 and self.factor & (self.factor - 1) == 0, "a power of 2, at least 2"),
             ("modes", self.modes >= 2 * self.samples, f"at least 2 samples = {2 * self.samples}"),
-            ("decay", 1 < self.decay < math.inf, "above 1"),
+            ("decay", 1 < self.decay <= 10, "above 1 and at most 10"),
             ("source", 1 < self.source < 2 * self.decay + 1, f"between 1 and 2 decay + 1 = {2 * self.decay + 1:g}"),
             ("noise", 0 <= self.noise < math.inf, "at least 0 and finite"),
             *self.positive("small_ridge"),

@@ -267,7 +267,8 @@ class Ladder(Setting):
             ("warmup", 0 < self.warmup <= 1, "positive and at most 1"),
             ("clip", self.clip > 0, "positive"),
             *self.at_least(2, "num_rates", "dim"),
-            ("log_lr_max", self.log_lr_min < self.log_lr_max, f"above log_lr_min={self.log_lr_min}"),
+            ("log_lr_min", -100 <= self.log_lr_min <= 100, "between -100 and 100"),
+            ("log_lr_max", self.log_lr_min < self.log_lr_max <= 100, f"above log_lr_min={self.log_lr_min} and at most 100"),
             *self.at_least(3, "num_samples"),
         ]
 
