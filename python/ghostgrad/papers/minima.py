@@ -403,8 +403,8 @@ class SharedAttention(ImageSetting):
     """Hessian-vector products for the trace."""
 
     def rules(self) -> list[tuple[str, bool, str]]:
-        rules = [*super().rules(), *self.at_least(1, "width", "batch", "epochs"), *self.positive("lr")]
-        return [*rules, *self.at_least(2, "depth", "probes")]
+        rules = [*super().rules(), *self.at_least(1, "width", "epochs"), *self.positive("lr")]
+        return [*rules, *self.at_least(2, "batch", "depth", "probes")]
 
     def network(self, arm: str, data: Split, seed: int, device: torch.device) -> _Deep:
         body, unit = arm.split(", ")
