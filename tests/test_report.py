@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import re
 import signal
@@ -14,12 +15,13 @@ from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from ghostgrad.cli import main
 from ghostgrad.papers import SETTINGS
 from ghostgrad.report import Entry, Report, ReportOptions, _of_paper, collect, plan, report, write_page
-from ghostgrad.training import RunDirectoryError, train
+from ghostgrad.training import Claim, RunDirectoryError, train
 
 ONE, MANY = "label-noise/one-point", "label-noise/*"
 TINY = {"steps": 60, "read_every": 20, "num_seeds": 2}
@@ -31,6 +33,18 @@ def finished(options: ReportOptions, name: str, **fields: object) -> Entry:
     entry = replace(entry, setting=replace(entry.setting, **fields))  # type: ignore[arg-type]
     train(entry.setting, entry.directory, compiled=False, progress=False)
     return collect(entry)
+
+
+class _Nothing(SETTINGS[ONE]):  # type: ignore[misc]
+    """One of its claims has no value for one seed."""
+
+    def claims(self) -> list[Claim]:
+        return [_Missing("nothing", "tanh, with noise", "reg_over_floor", "<=", 1.0)]
+
+
+class _Missing(Claim):
+    def values(self, metrics: pd.DataFrame) -> dict[int, float]:
+        return super().values(metrics) | {0: math.nan}
 
 
 class _Page(HTMLParser):
@@ -103,6 +117,18 @@ def test_what_a_page_says_is_escaped(tmp_path: Path) -> None:
     write_page([entry], options, 1.0)
     assert "a &lt; b | c" in (tmp_path / "report.html").read_text()
     assert "| a < b \\| c | `‖x‖² < \\|y\\|` |" in (tmp_path / "report.md").read_text()
+
+
+def test_what_is_no_number_is_null_in_the_summary_and_said_on_the_page(tmp_path: Path) -> None:
+    """JSON has neither NaN nor infinity."""
+    options = ReportOptions(out=tmp_path, only=(ONE,))
+    (entry,) = plan(options)
+    entry = replace(entry, setting=_Nothing(steps=60, read_every=20, num_seeds=2))
+    train(entry.setting, entry.directory, compiled=False, progress=False)
+    text = (entry.directory / "summary.json").read_text()
+    json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    write_page([collect(entry)], options, 1.0)
+    assert "no value for 1 of 2 seeds" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -182,15 +208,16 @@ def test_a_crash_loses_no_other_and_the_same_command_goes_on(small: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_an_interrupted_report_writes_its_page_and_goes_on(small: Path) -> None:
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_report_writes_its_page_and_goes_on(small: Path, kind: signal.Signals) -> None:
     (small / "slow").touch()
     command = [sys.executable, "-m", "ghostgrad.cli", "report", "--out", str(small / "out"), "--only", MANY, "--jobs", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 240
     while not (small / "out" / "label-noise" / "relu-1d" / "timings.csv").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(kind)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, out + err
     assert "goes on from here" in err

@@ -13,6 +13,7 @@ import dataclasses
 import fnmatch
 import inspect
 import json
+import math
 import os
 import platform
 import shlex
@@ -22,7 +23,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -210,7 +211,20 @@ class _Pool:
         with self.lock:
             self.stopped = True
             for process in self.running.values():
-                process.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGTERM)  # SIGINT is ignored below a shell's background job
+
+
+@contextlib.contextmanager
+def _terminated() -> Iterator[None]:
+    """SIGTERM as Ctrl-C: the runs are asked to save themselves rather than left behind."""
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _cores() -> int:
@@ -223,7 +237,7 @@ def _run(entries: Sequence[Entry], options: ReportOptions) -> tuple[list[Entry],
     done = {entry.name: entry for entry in map(collect, entries)}
     waiting = [entry for entry in entries if options.overwrite or done[entry.name].problem == NOT_FINISHED]
     bar = tqdm(total=len(entries), initial=len(entries) - len(waiting), unit="setting", disable=options.quiet, file=sys.stderr, dynamic_ncols=True)
-    with ThreadPoolExecutor(options.at_a_time) as executor, bar:
+    with _terminated(), ThreadPoolExecutor(options.at_a_time) as executor, bar:
         pending: set[Future[Entry]] = {executor.submit(pool.work, entry) for entry in waiting}
         while pending:
             try:
@@ -332,13 +346,13 @@ def _section(entry: Entry, options: ReportOptions) -> dict[str, Any]:
 
 def _claim(claim: dict[str, Any]) -> dict[str, str]:
     """A claim and its verdict in words: the mean over seeds with its 95 % interval (a closed form's: 99 %), and the worst seed where that decides."""
-    values = {int(seed): value for seed, value in claim["by_seed"].items()}
+    values = {int(seed): math.nan if value is None else value for seed, value in claim["by_seed"].items()}
     measured = "not measured"
     if values:
         mean, half = mean_interval(values, 0.95)
-        low, high = claim["interval"] or (mean - half, mean + half)
+        low, high = claim["interval"] if claim["interval"] and None not in claim["interval"] else (mean - half, mean + half)
         measured = f"{mean:.4g}" + (f" [{low:.4g}, {high:.4g}]" if low < high else "")
-        if claim["interval"] is None and len(values) > 1 and max(values.values()) > min(values.values()):
+        if claim["interval"] is None and claim["measured"] is not None and max(values.values()) > min(values.values()):
             measured += f", worst seed {claim['measured']:.4g}"
     notes = ". ".join(note for note in (claim["reason"], claim["remark"]) if note)
     return {key: claim[key] for key in ("text", "formula", "quantity", "criterion", "verdict")} | {"arm": claim["arm"], "measured": measured, "notes": notes}

@@ -200,7 +200,7 @@ class ClosedForm(Claim):
     @property
     def criterion(self) -> str:
         slack = f", widened by {self.slack:g}" if self.slack > 1e-6 else ""
-        return f"99 % interval{slack}, contains 1 and is at most +-{self.precision:g} wide"
+        return f"99 % interval contains 1{slack}; its half-width is {self.precision:g} at most"
 
     def values(self, metrics: pd.DataFrame) -> dict[int, float]:
         ours, formula = (_last(metrics, self.arm, column) for column in (self.column, self.against))
@@ -759,7 +759,7 @@ def has_compiler() -> bool:
 
 
 class _Interrupt:
-    """Ctrl-C, heard where the run says that its state is whole.
+    """Ctrl-C, or SIGTERM (a cluster's scheduler, a report's end), heard where the run says that its state is whole.
 
     A KeyboardInterrupt that is raised wherever Python happens to be can be lost: in 1 of 14 runs it fell into a callback below torch, which dropped it.
     So the first Ctrl-C is only noted, and :meth:`check` raises it where the state is whole. While a run prepares (compiles), and for a second Ctrl-C, it is
@@ -771,14 +771,16 @@ class _Interrupt:
 
     def __enter__(self) -> _Interrupt:
         # Not from other threads, which cannot, nor where somebody else has taken the signal (nohup, a notebook).
-        self.ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        if self.ours:
-            signal.signal(signal.SIGINT, self._note)
+        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        here = threading.current_thread() is threading.main_thread()
+        self.ours = {kind: handler for kind, handler in usual.items() if here and signal.getsignal(kind) is handler}
+        for kind in self.ours:
+            signal.signal(kind, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for kind, handler in self.ours.items():
+            signal.signal(kind, handler)
 
     def _note(self, *_: object) -> None:
         again, self.asked = self.asked, True
@@ -918,17 +920,20 @@ class Outcome:
 
 
 def _summary(outcome: Outcome, config: dict[str, Any]) -> dict[str, Any]:
+    def number(value: float) -> float | None:
+        return value if math.isfinite(value) else None  # JSON has no others
+
     def told(v: Verdict) -> dict[str, Any]:
         return {
             **dataclasses.asdict(v.claim),
             "quantity": v.claim.quantity,
             "criterion": v.claim.criterion,
-            "measured": v.measured,
-            "interval": None if v.interval is None else list(v.interval),
+            "measured": number(v.measured),
+            "interval": None if v.interval is None else [number(end) for end in v.interval],
             "holds": v.holds,
             "verdict": v.word,
             "reason": v.reason,
-            "by_seed": {str(s): m for s, m in v.by_seed.items()},
+            "by_seed": {str(s): number(m) for s, m in v.by_seed.items()},
         }
 
     return {

@@ -360,7 +360,7 @@ class Flows(Setting):
             middle.plot(self.EDGES, np.exp(np.log(ends[f"mean {name}"]).groupby(ends["h_lambda"].round(3)).mean()), color=colour, lw=1)
         nearest = all(v.holds for v in outcome.verdicts if "over" in v.claim.column)
         left.set(yscale="log", xlabel="step", ylabel="distance from gradient descent", title=f"A network at hλ₁ = {self.EDGES[-1]:g}")
-        left.legend(frameon=False, fontsize=9)
+        left.legend(frameon=False, fontsize=9, loc="lower left", ncols=2)
         title = "The principal flow keeps nearest to the steps" if nearest else "Mean distance over the steps"
         middle.set(yscale="log", xlabel="hλ₁ at the start", ylabel="mean distance from gradient descent", title=title)
         for z, colour in zip(self.NEAR, (BLUE, RED), strict=True):

@@ -278,5 +278,5 @@ class ARX(Setting):
         left.set_xlim(right=8 * left.get_xlim()[1])  # for the names
         right.axhline(1, color="black", lw=0.8, ls=":")
         right.set(xscale="log", xlabel="T steps, or N trajectories", ylabel="T E|error|² or N E|error|², over its limit", title=limits)
-        right.legend(frameon=False)
+        right.legend(frameon=False, loc="upper right")
         return figure
