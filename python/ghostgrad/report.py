@@ -328,7 +328,7 @@ def _section(entry: Entry, options: ReportOptions) -> dict[str, Any]:
         "name": entry.name,
         "summary": setting.summary,
         "about": inspect.getdoc(type(setting)) or "",
-        "fields": ", ".join(f"{k} = {v}" for k, v in changed.items()) or "the defaults",
+        "fields": ", ".join(f"{k} = {v:g}" if isinstance(v, float) else f"{k} = {v}" for k, v in changed.items()) or "the defaults",
         "seeds": f"{setting.seeds[0]} to {setting.seeds[-1]}" if len(setting.seeds) > 1 else str(setting.seed),
         "needs": setting.needs if options.size == "paper" else "",
         "ops": setting.ops,

@@ -319,6 +319,7 @@ class LMNT(Setting):
             "held by a ridge of 1e-16 alone, below the rounding of S Sᵀ/T. With k = 8 (495 directions) and a ridge of 1e-13, all ten forecasts of two "
             "reservoirs stayed on the attractor; with either alone they did not. 200 nodes have all directions at k = 4."
         )
+        capped = "That a forecast off the attractor has error 1 was set after a first run, in which two of them had errors without a bound."
         return [
             Claim(
                 "the library's squared norm of the k-step input Jacobian is the block form's",
@@ -343,7 +344,7 @@ class LMNT(Setting):
             MeanClaim("the map of LMNT errs at most 11 % less than that of noise", "LMNT", "log10_map_error", ">=", -0.05, versus="noise"),
             MeanClaim("LMNT is valid longer than Tikhonov", "LMNT", "valid_time", ">=", 0.0, versus="Tikhonov"),
             MeanClaim("LMNT is valid longer than Jacobian", "LMNT", "valid_time", ">=", 0.0, versus="Jacobian"),
-            MeanClaim("the map of LMNT errs less than that of Jacobian", "LMNT", "log10_map_error", "<=", 0.0, versus="Jacobian"),
+            MeanClaim("the map of LMNT errs less than that of Jacobian", "LMNT", "log10_map_error", "<=", 0.0, versus="Jacobian", remark=capped),
             Claim("R at r = u = 0 suffices for a stable forecast", "zero-input LMNT", "stable", ">=", 0.8, remark=zero_input),
         ]
 
