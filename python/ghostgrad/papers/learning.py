@@ -187,7 +187,8 @@ class RehearsalFree(ImageSetting):
             best = [max(a, b) for a, b in zip(by_task, [*best, 0.0], strict=True)]
             forgotten = sum(b - a for a, b in zip(by_task[:-1], best[:-1], strict=True)) / max(task, 1)
             now = {"classes": first + count, "accuracy": sum(by_task) / len(by_task), "newest": by_task[-1], "forgetting": forgotten}
-            rows.append({**now, "mean_sqnorm": norms / len(own.y), "fisher_trace": total / len(own.y), "mismatch": abs(total / norms - 1)})
+            mismatch = abs(total / norms - 1) if norms > 0 else total  # a last class alone can be fitted until no gradient is left
+            rows.append({**now, "mean_sqnorm": norms / len(own.y), "fisher_trace": total / len(own.y), "mismatch": mismatch})
         return rows
 
     @staticmethod
