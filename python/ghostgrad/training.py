@@ -10,7 +10,9 @@ Three concepts:
 
 >>> @dataclass(frozen=True)
 ... class Mine(Setting):
-...     name, paper, summary, duration = "family/mine", "Author (Venue year)", "what it shows", "1 minute"
+...     name, title, paper = "family/mine", "The paper's title", "Author (Venue year)"
+...     summary, duration, ops = "what it shows", "1 minute", ("gg.sqnorms",)
+...     SMALL = {"lr": 0.2}  # the fields that ``--size small`` changes
 ...     lr: float = 0.1
 ...     \"\"\"Learning rate: fields with docstrings are the options of ``ghostgrad run family/mine``.\"\"\"
 ...     def claims(self): return [Claim("the loss ends at 0.1 at most", "sgd", "loss", "<=", 0.1)]
@@ -281,9 +283,9 @@ class Setting(ABC):
     paper: ClassVar[str]  # its authors, venue and year
     summary: ClassVar[str]
     duration: ClassVar[str]  # of the defaults
-    ops: ClassVar[tuple[str, ...]]  # the library's calls that measure, or train: "gg.output_sqnorms"
-    SMALL: ClassVar[dict[str, Any]]  # fields of a run of a minute or less on one core
-    PAPER: ClassVar[dict[str, Any]]  # fields of the paper's own size, or of the largest that a CPU can do
+    ops: ClassVar[tuple[str, ...]] = ()  # the library's calls that measure, or train: "gg.output_sqnorms"
+    SMALL: ClassVar[dict[str, Any]] = {}  # fields of a run of a minute or less on one core, where the defaults take longer
+    PAPER: ClassVar[dict[str, Any]] = {}  # fields of the paper's own size, or of the largest that a CPU can do
     needs: ClassVar[str] = ""  # what the paper's own size takes, where PAPER is not that
     compilable: ClassVar[bool] = False  # whether ``start`` heeds ``compiled``
 

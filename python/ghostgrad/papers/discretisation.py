@@ -393,7 +393,6 @@ class SGDDrift(Setting):
     summary: ClassVar[str] = "one pass of SGD, over all orders of the samples: the drift is down (h/4) mean ‖∇E_i‖²"
     duration: ClassVar[str] = "under 1 minute"
     ops: ClassVar[tuple[str, ...]] = ("gg.sqnorms",)
-    SMALL: ClassVar[dict[str, Any]] = {}
     PAPER: ClassVar[dict[str, Any]] = {"num_seeds": 20}
     needs: ClassVar[str] = "a Wide-ResNet on CIFAR-10, for test accuracies: a GPU for days"
 

@@ -350,8 +350,6 @@ class OnePoint(LabelNoise):
     paper: ClassVar[str] = AUTHORS
     summary: ClassVar[str] = "one data point: label noise leaves a single active tanh unit, or logistic units of at most two kinds"
     duration: ClassVar[str] = "under 1 minute"
-    SMALL: ClassVar[dict[str, Any]] = {}
-    PAPER: ClassVar[dict[str, Any]] = {}
 
     steps: int = 1_000_000
     read_every: int = 10_000
@@ -544,7 +542,6 @@ class ReLU1D(LabelNoise):
     paper: ClassVar[str] = AUTHORS
     summary: ClassVar[str] = "a ReLU network through 12 points: label noise removes every bend that the data do not ask for"
     duration: ClassVar[str] = "about 1 minute"
-    SMALL: ClassVar[dict[str, Any]] = {}
     PAPER: ClassVar[dict[str, Any]] = {"num_seeds": 10}
 
     steps: int = 3_000_000
@@ -647,8 +644,6 @@ class MatrixSensing(LabelNoise):
     paper: ClassVar[str] = AUTHORS
     summary: ClassVar[str] = "matrix sensing: label noise finds the low-rank matrix that plain SGD misses"
     duration: ClassVar[str] = "under 1 minute"
-    SMALL: ClassVar[dict[str, Any]] = {}
-    PAPER: ClassVar[dict[str, Any]] = {}
     needs: ClassVar[str] = "d = 100, r = 5, n = 2500: a smaller learning rate by the Hessian's trace, ten times as large, and so some 100 times the steps"
 
     steps: int = 200_000

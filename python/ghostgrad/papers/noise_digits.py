@@ -137,7 +137,6 @@ class NoiseDigits(Setting):
     duration: ClassVar[str] = "8 minutes"
     ops: ClassVar[tuple[str, ...]] = ("gg.optim.NSO", "gg.optim.SAM", "gg.hessian_trace", "gg.ggn_trace", "gg.top_eigenvalue")
     SMALL: ClassVar[dict[str, Any]] = {"network": "MLP"}
-    PAPER: ClassVar[dict[str, Any]] = {}
     needs: ClassVar[str] = "a ResNet-34 pretrained on ImageNet and six image sets: days of a GPU"
 
     num_seeds: int = 5

@@ -106,7 +106,6 @@ class MatrixSensing(Setting):
     duration: ClassVar[str] = "5 to 10 minutes"
     ops: ClassVar[tuple[str, ...]] = ("gg.optim.NSO", "gg.output_sqnorms", "gg.hessian_trace")
     SMALL: ClassVar[dict[str, Any]] = {"num_seeds": 3, "probes": 8, "read_every": 10_000}
-    PAPER: ClassVar[dict[str, Any]] = {}
     needs: ClassVar[str] = "d = 100, r = 5, n = 2500: 200 MB of measurements read twice in each of 100,000 gradients"
 
     ARMS: ClassVar[tuple[str, ...]] = ("GD", "SGD", "label noise", "one point", "two points")
@@ -290,7 +289,6 @@ class Quantisation(Setting):
     duration: ClassVar[str] = "about 2 minutes"
     ops: ClassVar[tuple[str, ...]] = ("gg.optim.NSO", "gg.hessian_trace", "gg.perturbed")
     SMALL: ClassVar[dict[str, Any]] = {"draws": 100}
-    PAPER: ClassVar[dict[str, Any]] = {}
     needs: ClassVar[str] = "searched super-resolution networks: a GPU for days. The setting keeps the noise model alone"
 
     BITS: ClassVar[tuple[int, ...]] = (8, 6, 4, 3, 2)
