@@ -34,7 +34,7 @@ class RunOptions:
     """Where and how to run."""
 
     size: Literal["default", "small", "paper"] = "default"
-    """Defaults of the options above: small for a run of a minute, paper for the paper's own size or the largest that a CPU can do."""
+    """Defaults of the options above: small for a run of about a minute, paper for the paper's own size or the largest that a CPU can do."""
     out: Path = DEFAULT_OUT
     """Directory of the run."""
     resume: bool = False

@@ -284,7 +284,7 @@ class Setting(ABC):
     summary: ClassVar[str]
     duration: ClassVar[str]  # of the defaults
     ops: ClassVar[tuple[str, ...]] = ()  # the library's calls that measure, or train: "gg.output_sqnorms"
-    SMALL: ClassVar[dict[str, Any]] = {}  # fields of a run of a minute or less on one core, where the defaults take longer
+    SMALL: ClassVar[dict[str, Any]] = {}  # fields of a run of about a minute on one core, where the defaults take longer
     PAPER: ClassVar[dict[str, Any]] = {}  # fields of the paper's own size, or of the largest that a CPU can do
     needs: ClassVar[str] = ""  # what the paper's own size takes, where PAPER is not that
     compilable: ClassVar[bool] = False  # whether ``start`` heeds ``compiled``
