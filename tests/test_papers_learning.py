@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy
 
 from ghostgrad.papers.image_setting import built, perceptron
+from ghostgrad.papers.images import ImageDataError
 from ghostgrad.papers.learning import PROX, RehearsalFree, SparseGroupLasso, _own_classes, _Past, prox_l1_minus_l2
 from ghostgrad.training import Clock, Setting, train
 
@@ -183,3 +184,8 @@ def test_rules() -> None:
         RehearsalFree(task_classes=0)
     with pytest.raises(ValueError, match="learning/sparse-group-lasso: ratio must be above 1 and finite, got 1.0"):
         SparseGroupLasso(ratio=1.0)
+
+
+def test_a_class_without_training_images_is_an_error_with_a_way_out(tmp_path: Path) -> None:
+    with pytest.raises(ImageDataError, match="every class is to have training images.*--train-images"):
+        train(RehearsalFree(train_images=3, batch=1), tmp_path, progress=False)

@@ -51,7 +51,7 @@ class ReportOptions:
     """What to run, and where."""
 
     size: Size = "small"
-    """small: every setting in about a minute, three at most; paper: the papers' own sizes, or the largest that a CPU can do; default: what ghostgrad run does."""
+    """small: each setting in about a minute; paper: the papers' own sizes, or the largest that a CPU can do; default: what ghostgrad run does."""
     jobs: int = 0
     """Settings that run at a time, each with its share of the cores; 0: one for each core."""
     out: Path = Path("runs/report-SIZE")

@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -24,6 +25,7 @@ import ghostgrad as gg
 from ..training import Claim, Clock, GridRun, MeanClaim, Outcome
 from .figures import BLUE, GREEN, GREY, OCHRE, RED
 from .image_setting import DTYPE, ImageSetting, Split, accuracy, built, fit, perceptron
+from .images import ImageDataError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -203,6 +205,9 @@ class RehearsalFree(ImageSetting):
         def work(arm: str, seed: int, clock: Clock, between: Callable[[], None]) -> list[dict[str, float]]:
             origin, penalty = arm.split(", ")
             data = splits(seed)
+            if without := set(range(data.classes)) - set(data.y.tolist()):
+                found = f"among {len(data.y)} there is none of class {min(without)}"
+                raise ImageDataError(Path(self.data), "every class is to have training images", found, "Give a larger --train-images.")
             model = copy.deepcopy(pretrained(seed)) if origin == "pretrained" else self.network(seed, data, data.classes, device)
             return self.learn(model, penalty, self.strength * LAMBDAS[origin][penalty], seed, data, clock, between)
 
