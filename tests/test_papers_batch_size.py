@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +13,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import ghostgrad as gg
-from ghostgrad.cli import main
 from ghostgrad.papers.batch_size import BatchHessian, GhostBatchNorm, TrainLonger, _Data, deviation, growth, spiked_wigner
 from ghostgrad.papers.images import ImageDataError
-from ghostgrad.training import Clock, RunDirectory, train
+from ghostgrad.training import Clock, train
+from resume import killed_and_whole
 
 TINY = TrainLonger(num_seeds=1, small=64, large=256, ratio=4, epochs=4, width=8, draws=20)
 
@@ -222,19 +217,6 @@ RUNS = {
 }
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize("name", RUNS)
 def test_a_killed_run_ends_with_the_same_bytes(name: str, tmp_path: Path) -> None:
-    args = ["run", name, *RUNS[name].split(), "--quiet", "--checkpoint-seconds", "0.05"]
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = subprocess.Popen([sys.executable, "-m", "ghostgrad.cli", *args, "--out", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None and not (killed / "checkpoint.pt").exists():
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL, errors
-    assert not (killed / "summary.json").exists(), "it had finished before the signal"
-    assert RunDirectory(killed).load_checkpoint()["step"] > 0  # type: ignore[index]
-    assert main(["run", name, "--resume", "--quiet", "--out", str(killed)]) == main([*args, "--out", str(whole)])
-    assert (killed / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    killed_and_whole(name, RUNS[name], tmp_path)

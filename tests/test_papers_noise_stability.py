@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +12,10 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import ghostgrad as gg
-from ghostgrad.cli import main
 from ghostgrad.papers.noise_stability import MatrixSensing, Quantisation, label_variance, rounded
 from ghostgrad.papers.tour import digits
 from ghostgrad.training import Clock, RunDirectory, batches, train
+from resume import killed_and_whole
 
 SMALL = MatrixSensing(dim=6, num_measurements=9, batch=4, truth_trace=3.0, steps=40, read_every=20, num_seeds=2, lr=0.01, probes=4)
 
@@ -188,19 +184,7 @@ RUNS = {
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize("name", RUNS)
 def test_a_killed_run_ends_with_the_same_bytes(name: str, tmp_path: Path) -> None:
-    args = ["run", name, *RUNS[name].split(), "--quiet", "--checkpoint-seconds", "0.05"]
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = subprocess.Popen([sys.executable, "-m", "ghostgrad.cli", *args, "--out", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None and not (killed / "checkpoint.pt").exists():
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL, errors
-    assert not (killed / "summary.json").exists(), "it had finished before the signal"
-    assert RunDirectory(killed).load_checkpoint()["step"] > 0 or name.endswith("sensing")  # type: ignore[index]
-    assert main(["run", name, "--resume", "--quiet", "--out", str(killed)]) == main([*args, "--out", str(whole)])
-    assert (killed / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    killed, whole = killed_and_whole(name, RUNS[name], tmp_path, begun=not name.endswith("sensing"))
     ends = [RunDirectory(path).load_checkpoint()["state"] for path in (killed, whole)]  # type: ignore[index]
     leaves = [tree_leaves(end) for end in ends]
     assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(*leaves, strict=True))

@@ -208,7 +208,6 @@ def test_a_crash_loses_no_other_and_the_same_command_goes_on(small: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="sends signals")
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_report_writes_its_page_and_goes_on(small: Path, kind: signal.Signals) -> None:
     (small / "slow").touch()
